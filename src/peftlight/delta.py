@@ -1,0 +1,105 @@
+"""A delta is a small trainable change around the forward of one module; here it is put on and taken off.
+
+The module keeps its class, its parameters and their names. Its `forward` is overridden on the instance, and the
+delta is its child `deltas.<adapter name>`; taking the last delta away leaves the module as it was.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from peftlight.errors import UserError
+
+CHILD = "deltas"
+"""Name of the child module that holds a module's deltas."""
+
+
+@dataclass(slots=True)
+class Base:
+    """What a delta changes: the forward beneath it, and the module that it belongs to."""
+
+    module: nn.Module
+    """The adapted module, with its own untouched parameters."""
+    call: Callable[..., Any]
+    """The forward beneath this delta: the module's own, or that of the delta attached before."""
+    direct: bool
+    """True when `call` is the module's own forward, so that an operation may use `module.weight` itself."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+class Delta(nn.Module):
+    """A small trainable change around the forward of one module.
+
+    A subclass creates its parameters in `__init__` and writes its equation in `forward`.
+    """
+
+    enabled: bool = True
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        """The module's new output, from `base` (the forward beneath) and the module's inputs."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+class AdaptedForward:
+    """The `forward` of a module that carries deltas; they nest in the order in which they were attached."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.replaced: Callable[..., Any] | None = module.__dict__.get("forward")
+
+    @property
+    def own(self) -> Callable[..., Any]:
+        """The forward that was there before the first delta."""
+        return self.replaced or type(self.module).forward.__get__(self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call, direct = self.own, True
+        for delta in self.module.get_submodule(CHILD).values():
+            if delta.enabled:
+                call, direct = _Nested(delta, Base(self.module, call, direct)), False
+        return call(*args, **kwargs)
+
+
+@dataclass(slots=True)
+class _Nested:
+    delta: Delta
+    base: Base
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.delta(self.base, *args, **kwargs)
+
+
+def install(module: nn.Module, name: str, delta: Delta) -> None:
+    """Put `delta` around the forward of `module` under the adapter's `name`.
+
+    Raises:
+        UserError: the module already carries a delta of that name.
+    """
+    if not isinstance(module.__dict__.get("forward"), AdaptedForward):
+        module.add_module(CHILD, nn.ModuleDict())
+        module.forward = AdaptedForward(module)
+    deltas = module.get_submodule(CHILD)
+    if name in deltas:
+        raise UserError(f"An adapter named {name!r} is already attached to this {type(module).__name__}.")
+    deltas[name] = delta
+
+
+def remove(module: nn.Module, name: str) -> Delta:
+    """Take the delta of that name away and return it; with the last one the module is as it was before."""
+    deltas = module.get_submodule(CHILD)
+    delta = deltas.pop(name)
+    if not deltas:
+        adapted: AdaptedForward = module.__dict__.pop("forward")
+        delattr(module, CHILD)
+        if adapted.replaced is not None:
+            module.forward = adapted.replaced
+    return delta

@@ -1,0 +1,29 @@
+"""The one kind of error that peftlight shows to a person."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right: what was wrong, where, what was expected, what to do.
+
+    The command line prints the message alone, without a traceback, and exits with code 2.
+    """
+
+
+def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
+    """The sentence " Did you mean ...?" with the names of `known` most like `word`; empty if none is near."""
+    by_lower: dict[str, str] = {}
+    for name in known:
+        by_lower.setdefault(name.lower(), name)
+    near = difflib.get_close_matches(word.lower(), list(by_lower), n=count, cutoff=0.55)
+    if not near:
+        return ""
+    return f" Did you mean {' or '.join(repr(by_lower[name]) for name in near)}?"
+
+
+def listed(items: Iterable[object], most: int = 8) -> str:
+    """The items separated by commas, with the number left out once there are more than `most`."""
+    shown = [str(item) for item in items]
+    rest = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,42 @@
+"""Writing files so that a crash or a full disk never damages what was there before."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from peftlight.errors import UserError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+
+    Raises:
+        UserError: the file cannot be written (disk full, no permission); `path` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(_explain(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _explain(path: Path, error: OSError) -> str:
+    kept = "What was there before is unchanged."
+    if error.errno in _NO_ROOM:
+        return f"No room left to write {path}: {error.strerror}. {kept} Free some space or choose another folder."
+    return f"Cannot write {path}: {error.strerror or error}. {kept}"
