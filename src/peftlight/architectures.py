@@ -88,7 +88,7 @@ _FAMILIES: tuple[tuple[Architecture, str], ...] = (
     (Architecture(("Wqkv",), ("Wqkv", "out_proj"), ("up_proj", "down_proj")), "mpt"),
     (Architecture(("q_proj", "v_proj", *_TWO), ("q_proj", "k_proj", "v_proj", "self_attn.dense"), _TWO), "phi"),
     (Architecture(("key", "value", "receptance", "output"), _RWKV, _RWKV_MLP), "rwkv"),
-    (Architecture(("in_proj", "out_proj"), (), ()), "mamba mamba2 falcon_mamba"),
+    (Architecture(("in_proj",), (), ()), "mamba mamba2 falcon_mamba"),
     # Decoders whose code comes with their weights: transformers does not have them.
     (_BLOOM, "chatglm RefinedWeb RefinedWebModel"),
     (Architecture(("c_proj", "c_attn"), ("c_attn", "attn.c_proj"), ("c_fc", "c_fc2", "mlp.c_proj")), "btlm"),

@@ -5,7 +5,8 @@ delta is its child `deltas.<adapter name>`; taking the last delta away leaves th
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ class AdaptedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call, direct = self.own, True
-        for delta in self.module.get_submodule(CHILD).values():
+        for delta in _deltas_of(self.module).values():
             if delta.enabled:
                 call, direct = _Nested(delta, Base(self.module, call, direct)), False
         return call(*args, **kwargs)
@@ -85,17 +86,37 @@ def install(module: nn.Module, name: str, delta: Delta) -> None:
         UserError: the module already carries a delta of that name.
     """
     if not isinstance(module.__dict__.get("forward"), AdaptedForward):
-        module.add_module(CHILD, nn.ModuleDict())
+        module.add_module(CHILD, _container().train(module.training))
         module.forward = AdaptedForward(module)
-    deltas = module.get_submodule(CHILD)
+    deltas = _deltas_of(module)
     if name in deltas:
         raise UserError(f"An adapter named {name!r} is already attached to this {type(module).__name__}.")
     deltas[name] = delta
 
 
+def _deltas_of(module: nn.Module) -> Any:
+    return module.get_submodule(CHILD)
+
+
+def _container() -> nn.ModuleDict:
+    """Where a module's deltas are kept.
+
+    Its hook never runs, for the container is never called. It is there to be seen: in eval mode
+    `nn.TransformerEncoderLayer` computes from its layers' weights, past their forwards and so past the deltas, unless
+    a module within it has a hook.
+    """
+    container = nn.ModuleDict()
+    container.register_forward_pre_hook(_never_called)
+    return container
+
+
+def _never_called(module: nn.Module, inputs: Any) -> None:
+    raise AssertionError("the container of the deltas has no forward")
+
+
 def remove(module: nn.Module, name: str) -> Delta:
     """Take the delta of that name away and return it; with the last one the module is as it was before."""
-    deltas = module.get_submodule(CHILD)
+    deltas = _deltas_of(module)
     delta = deltas.pop(name)
     if not deltas:
         adapted: AdaptedForward = module.__dict__.pop("forward")
@@ -103,3 +124,28 @@ def remove(module: nn.Module, name: str) -> Delta:
         if adapted.replaced is not None:
             module.forward = adapted.replaced
     return delta
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """If the block fails, take off the deltas it installed, and give parameters their old dtype and trainability.
+
+    The values of parameters are not kept: the block must not write them before it is sure to succeed.
+    """
+    parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    installed = _installed(model)
+    try:
+        yield
+    except BaseException:
+        for module, name in _installed(model) - installed:
+            remove(module, name)
+        for parameter, data, trainable in parameters:
+            if parameter.dtype != data.dtype:
+                parameter.data = data
+            parameter.requires_grad_(trainable)
+        raise
+
+
+def _installed(model: nn.Module) -> set[tuple[nn.Module, str]]:
+    adapted = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), AdaptedForward)]
+    return {(module, name) for module in adapted for name in _deltas_of(module)}

@@ -1,5 +1,6 @@
 """Writing files so that a crash or a full disk never damages what was there before."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -27,7 +28,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise UserError(_explain(path, error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:

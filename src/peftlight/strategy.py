@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from peftlight.delta import Delta, install, remove
+from peftlight.delta import Delta, install, remove, unchanged_on_error
 from peftlight.errors import UserError, listed
 from peftlight.targets import matching
 
@@ -20,7 +20,7 @@ class PEFTStrategy:
     """
 
     restorable: bool = True
-    """Whether the base's own values are kept while they are trained in place, so that `Adapter.remove` restores them."""
+    """Whether the base's values are kept while they are trained in place, so that `Adapter.remove` restores them."""
 
     def deltas(self, model: nn.Module) -> Iterable[tuple[str, Delta]]:
         """Pairs (module name, delta) to install. The base is frozen when this is called."""
@@ -54,14 +54,13 @@ class Adapter:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this adapter trains, by its name in the model."""
-        owned = _owned(self.model, self.sites, self.trained, self.name)
+        owned = self._own_names()
         return {name: p for name, p in self.model.named_parameters() if name in owned}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that must be saved, detached: the parameters, and the buffers of what is trained whole."""
-        owned = _owned(self.model, self.sites, self.trained, self.name)
-        distinct = {name for name, _ in self.model.named_parameters()} | {name for name, _ in self.model.named_buffers()}
-        return {k: v.detach() for k, v in self.model.state_dict().items() if k in owned and k in distinct}
+        owned = self._own_names()
+        return {name: value.detach() for name, value in self.model.state_dict().items() if name in owned}
 
     def load_state(self, state: Mapping[str, Tensor], origin: str = "the state") -> None:
         """Copy `state` into the model.
@@ -87,30 +86,56 @@ class Adapter:
         """Within the block the model computes as it did before `attach`."""
         if not self.strategy.restorable:
             raise UserError(f"{type(self.strategy).__name__} trains the base itself, which is not kept beside it.")
-        kept = {name: self.model.get_parameter(name).detach().clone() for name in self.originals}
-        self._put(self.originals, enabled=False)
+        kept, flags = self._values_of_originals(), [(delta, delta.enabled) for delta in self.sites.values()]
+        self._put(self.originals)
+        for delta, _ in flags:
+            delta.enabled = False
         try:
             yield
         finally:
-            self._put(kept, enabled=True)
+            self._put(kept)
+            for delta, enabled in flags:
+                delta.enabled = enabled
 
     def remove(self) -> None:
         """Take the adapter off the model and restore the base's own values bit for bit."""
         with self.disabled():
-            originals = {name: self.model.get_parameter(name).detach().clone() for name in self.originals}
+            originals = self._values_of_originals()
         for site in self.sites:
             remove(self.model.get_submodule(site), self.name)
         self.sites = {}
-        self._put(originals, enabled=True)
-        for name in originals:
-            self.model.get_parameter(name).requires_grad_(False)
+        self._put(originals)
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(False)
+        self.trained, self.originals = [], {}
 
-    def _put(self, values: Mapping[str, Tensor], *, enabled: bool) -> None:
-        for delta in self.sites.values():
-            delta.enabled = enabled
+    def _values_of_originals(self) -> dict[str, Tensor]:
+        own = self._tensors()
+        return {name: own[name].detach().clone() for name in self.originals}
+
+    def _own_names(self) -> set[str]:
+        """The names of what belongs to this adapter; of a tied parameter's names, the first."""
+        owned = _owned(self.model, self.sites, self.trained, self.name)
+        tensors = [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
+        first: dict[int, str] = {}
+        for name, tensor in tensors:
+            first.setdefault(id(tensor), name)
+        return {first[id(tensor)] for name, tensor in tensors if name in owned}
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        own = self._tensors()
         with torch.no_grad():
             for name, value in values.items():
-                self.model.get_parameter(name).copy_(value)
+                tensor = own[name]
+                if tensor.dtype != value.dtype:  # what is trained may have been put into float32 since
+                    tensor.data = tensor.data.to(value.dtype)
+                tensor.copy_(value)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
 
 def attach(
@@ -129,30 +154,30 @@ def attach(
     """
     if not name or "." in name:
         raise UserError(f"An adapter's name is not empty and has no dot; got {name!r}.")
-    model.requires_grad_(False)
-    heads = matching(model, list(modules_to_train))
-    adapter = Adapter(name, model, strategy, trained=list(dict.fromkeys([*heads, *strategy.train(model)])))
-    adapter.originals = _train_in_place(adapter)
-    for site, delta in list(strategy.deltas(model)):
-        module = model.get_submodule(site)
-        install(module, name, _placed(delta, module))
-        adapter.sites[site] = delta
-    if not adapter.parameters():
-        raise UserError(f"{type(strategy).__name__} would train nothing on this {type(model).__name__}.")
+    with unchanged_on_error(model):
+        model.requires_grad_(False)
+        heads = matching(model, list(modules_to_train))
+        adapter = Adapter(name, model, strategy, trained=list(dict.fromkeys([*heads, *strategy.train(model)])))
+        _train_in_place(adapter)
+        for site, delta in list(strategy.deltas(model)):
+            module = model.get_submodule(site)
+            install(module, name, _placed(delta, module))
+            adapter.sites[site] = delta
+        if not adapter.parameters():
+            raise UserError(f"{type(strategy).__name__} would train nothing on this {type(model).__name__}.")
     return adapter
 
 
-def _train_in_place(adapter: Adapter) -> dict[str, Tensor]:
-    originals = {}
-    for name, parameter in adapter.parameters().items():
-        if adapter.strategy.restorable:
-            originals[name] = parameter.detach().clone()
+def _train_in_place(adapter: Adapter) -> None:
+    if adapter.strategy.restorable:
+        adapter.originals = {name: value.clone() for name, value in adapter.state().items()}
+    for parameter in adapter.parameters().values():
         parameter.requires_grad_(True)
-    return originals
 
 
 def _placed(delta: Delta, module: nn.Module) -> Delta:
-    """The delta on its module's device; in float32, or in float64 where the base is."""
+    """The delta in its module's mode and on its device; in float32, or in float64 where the base is."""
+    delta.train(module.training)
     beside = next((p for p in module.parameters() if p.is_floating_point()), None)
     if beside is None:
         return delta

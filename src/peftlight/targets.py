@@ -134,11 +134,16 @@ class _Scene:
         if not (isinstance(module, self.kinds) or (nn.Linear in self.kinds and is_linear(module))):
             return f"a {type(module).__name__}; the kinds supported here are {self.supported()}"
         if self.bypassed(name):
-            return "part of nn.MultiheadAttention, which uses the weight directly, so that an adapter would do nothing"
+            parent = type(self.modules[name.rpartition(".")[0]]).__name__
+            return f"part of {parent}, which uses the weight directly, so that an adapter would do nothing"
         return None
 
     def bypassed(self, name: str) -> bool:
-        return isinstance(self.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+        """Whether the module around it reads its weight and never calls it, at least in a fused kernel."""
+        path, _, leaf = name.rpartition(".")
+        parent = self.modules.get(path)
+        mamba = hasattr(parent, "A_log") and hasattr(parent, "D") and leaf in ("x_proj", "dt_proj", "out_proj")
+        return mamba or isinstance(parent, nn.MultiheadAttention)
 
     def usable(self) -> list[str]:
         return [name for name in self.modules if self.obstacle(name) is None]
@@ -180,7 +185,7 @@ def _wanted(scene: _Scene, target: str | Sequence[str] | None) -> _Wanted:
     notice = None
     bypassed = [name for names in hits.values() for name in names if scene.bypassed(name)]
     if bypassed:
-        notice = f"Left alone, because nn.MultiheadAttention uses their weights directly: {listed(bypassed)}."
+        notice = f"Left alone, because the module around them uses their weights directly: {listed(bypassed)}."
     return {entry: _reachable(scene, entry, names) for entry, names in hits.items()}, notice
 
 

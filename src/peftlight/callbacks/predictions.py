@@ -1,0 +1,80 @@
+"""Predictions: written to a file by `predict`, or shown for a few texts when a fit ends."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.table import Table
+
+from peftlight.console import say
+from peftlight.files import write_text
+from peftlight.tasks import PEFTModule
+
+
+class PredictionWriter(Callback):
+    """Writes what `predict_step` returns to `predictions.jsonl`: one JSON object a line, in the order of the rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._records: list[dict[str, Any]] = []
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        self._records.extend(outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        records = {record["id"]: record for part in _gathered(self._records) for record in part}
+        self._records = []
+        if trainer.is_global_zero:
+            path = self.folder / "predictions.jsonl"
+            lines = (json.dumps(records[row], ensure_ascii=False) for row in sorted(records))
+            write_text(path, "".join(f"{line}\n" for line in lines))
+            say(f"{len(records)} predictions: {path}")
+
+
+class ShowPredictions(Callback):
+    """Prints the model's predictions for a few texts when a fit ends."""
+
+    def __init__(self, texts: list[str]) -> None:
+        """
+        Args:
+            texts: what to predict.
+        """
+        self.texts = texts
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PEFTModule)
+        tokenizer = pl_module.tokenizer()
+        modes = {module: module.training for module in pl_module.modules()}
+        pl_module.eval()
+        records: list[dict[str, Any]] = []
+        with torch.inference_mode(), trainer.precision_plugin.predict_step_context():
+            for number, text in enumerate(self.texts):  # one by one: nothing to pad at the right or wrong side
+                batch = dict(tokenizer(text, return_tensors="pt", truncation=True).to(pl_module.device))
+                records += pl_module.predict_step({**batch, "row": torch.tensor([number])}, 0)
+        for module, training in modes.items():
+            module.training = training
+        table = Table(title="predictions", title_justify="left")
+        columns = [key for key in records[0] if key in ("label", "probability", "completion")]
+        for name in ("text", *columns):
+            table.add_column(name)
+        for text, record in zip(self.texts, records, strict=True):
+            table.add_row(text, *(_cell(record[key]) for key in columns))
+        say(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.1%}" if isinstance(value, float) else str(value)
+
+
+def _gathered(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The records of every process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [records]
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, records)
+    return parts

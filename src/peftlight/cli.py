@@ -1,0 +1,100 @@
+"""The command line's first step: help, version and misspelt commands answer here, before anything heavy is imported."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from peftlight import __version__
+from peftlight.errors import UserError, nearest
+
+COMMANDS = {
+    "fit": "train, and write a run folder with the adapter, its metrics and its configuration",
+    "validate": "compute the metrics on the validation data",
+    "test": "compute the metrics on the test data",
+    "predict": "write predictions for the rows of a file as JSONL",
+}
+
+_HELP = f"""peftlight {__version__}: parameter-efficient fine-tuning on PyTorch Lightning
+
+usage: peftlight COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
+
+{{commands}}
+
+  peftlight COMMAND --help        the options used most
+  peftlight COMMAND --help-all    every option
+  peftlight --version             the version
+"""
+
+_COMMAND_HELP = """usage: peftlight {command} --config FILE [--config FILE ...] [--KEY VALUE ...]
+
+{command}: {what}
+
+  --config FILE                    a YAML; of several, later ones win key by key
+  --print_config                   print the resulting configuration and stop
+  --model CLASS                    the task: SequenceClassification, CausalLM
+  --model.base_model NAME          hub id, folder, .gguf file, or pypi:PACKAGE
+  --model.strategy CLASS           LoRA, BitFit, Full, or the path of your own class
+  --model.strategy.KEY VALUE       a hyperparameter of the strategy: rank, alpha, target_modules ...
+  --data CLASS                     SST2, Alpaca, EnglishQuotes, TextClassification, Instructions, Messages, PlainText
+  --data.source NAME               hub id, file, folder or glob
+  --optimizer CLASS                AdamW and every other of torch; --optimizer.lr 1e-4
+  --lr_scheduler CLASS             LinearWarmup and every other of torch
+  --trainer.KEY VALUE              max_epochs, devices, strategy, precision, accumulate_grad_batches ...
+  --seed_everything N              the seed of all random numbers
+  --ckpt_path FILE                 a checkpoint to continue from or to evaluate
+  --traceback                      on an error, show where in the code it happened
+
+  peftlight {command} --help-all          every option
+  peftlight {command} --data.help SST2    the options of one class
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 for an error that the user can put right."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in given
+    given = [argument for argument in given if argument != "--traceback"]
+    answer = _quick_answer(given)
+    if answer is not None:
+        print(answer)
+        return 0
+    try:
+        _check_command(given)
+        from peftlight.config_errors.given import read_given
+
+        read_given(given)  # a file that is missing or no YAML is refused before seconds of imports
+        from peftlight.lightning_cli import run
+
+        run([argument.replace("--help-all", "--help") for argument in given])
+    except UserError as error:
+        return _complain(error, traceback)
+    except OSError as error:
+        return _complain(error, traceback)
+    return 0
+
+
+def _quick_answer(given: list[str]) -> str | None:
+    if not given or given[0] in ("-h", "--help"):
+        listing = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
+        return _HELP.format(commands=listing)
+    if given[0] in ("-V", "--version"):
+        return f"peftlight {__version__}"
+    if given[0] in COMMANDS and given[1:] in (["-h"], ["--help"]):
+        return _COMMAND_HELP.format(command=given[0], what=COMMANDS[given[0]])
+    return None
+
+
+def _check_command(given: list[str]) -> None:
+    if given[0].startswith("-"):
+        raise UserError(f"A command comes first, then its options: peftlight fit {' '.join(given)}")
+    if given[0] not in COMMANDS:
+        raise UserError(f"There is no command {given[0]!r}.{nearest(given[0], COMMANDS)} "
+                        f"Commands: {', '.join(COMMANDS)}.")  # fmt: skip
+
+
+def _complain(error: BaseException, traceback: bool) -> int:
+    if traceback:
+        raise error
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"peftlight: error: {error}", file=sys.stderr)
+    return 2

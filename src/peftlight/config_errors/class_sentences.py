@@ -1,0 +1,88 @@
+"""What a person reads about classes: a function for each kind of problem. An empty text leaves it to the next kind."""
+
+import sys
+from pathlib import Path as File
+from types import ModuleType
+
+from peftlight.config_errors.given import Path, class_given
+from peftlight.config_errors.places import CLASS_KEYS, parameters
+from peftlight.config_errors.problem import Problem, dotted, near
+from peftlight.errors import listed, nearest
+
+_OWN = "A class of your own is given by its path: my_module.MyClass"
+
+
+def unknown_class(problem: Problem) -> str:
+    """A short name that no class has."""
+    name = problem.words[-1]
+    path = tuple(problem.words[0].split(".")) if len(problem.words) > 1 else problem.path
+    known = problem.places.known(path)
+    if not known:
+        return ""
+    at = problem.at(path, name) if path == problem.path else f"--{dotted(path)}.help:"
+    return f"{at} there is no class '{name}'.{near(name, known)}\n  Known: {listed(sorted(known), 10)}.\n  {_OWN}"
+
+
+def no_such_class(problem: Problem) -> str:
+    """A class path whose module or class does not exist."""
+    name, lost = problem.words[:2]
+    at = problem.at(problem.path, name)
+    module, _, base = name.rpartition(".")
+    if lost == base:
+        there = [key for key, kind in vars(sys.modules.get(module, ModuleType(""))).items() if isinstance(kind, type)]
+        return f"{at} the module {module} has no class '{base}'.{near(base, there)}\n  It has {listed(there)}."
+    parts = module.split(".")
+    if lost in parts:  # a package is there, and has no such module
+        lost = ".".join(parts[: parts.index(lost) + 1])
+    if not f"{module}.".startswith(f"{lost}."):
+        return ""  # the module is there, and fails to import another
+    meant = near(base, problem.places.known(problem.path))
+    what_to_do = _where_to_put(lost, problem.places.command)
+    return f"{at} {name} is not found: there is no module '{lost}'.{meant}\n  {what_to_do}"
+
+
+def _where_to_put(module: str, command: str) -> str:
+    package, _, name = module.rpartition(".")
+    if package:
+        return f"The package {package} is there: look at the rest of the name."
+    if File(f"{name}.py").exists() or File(name).is_dir():
+        return f"It is in this folder, but Python does not look here: PYTHONPATH=. peftlight {command} ..."
+    return "Install its package, or put the folder it is in on PYTHONPATH."
+
+
+def wrong_kind(problem: Problem) -> str:
+    """A class that exists and is none of those that are wanted."""
+    name, wanted = problem.words
+    known = problem.places.known(problem.path)
+    at = problem.at(problem.path, name)
+    return f"{at} {name} is not a {wanted}." + (f"\n  Known: {listed(sorted(known), 10)}." if known else "")
+
+
+def ambiguous(problem: Problem) -> str:
+    """A short name that several classes have."""
+    name, paths = problem.words
+    return f"{problem.at(problem.path, name)} several classes are called '{name}'.\n  Write one of {paths}."
+
+
+def no_name(problem: Problem) -> str:
+    """A number or the like where the name of a class should be."""
+    given = class_given(problem.given, problem.path)
+    if given is None:
+        return ""
+    known = listed(sorted(problem.places.known(problem.path)), 10)
+    return f"{given.where}: '{given.value}' is not the name of a class.\n  Known: {known}."
+
+
+def unnamed(problem: Problem, place: Path) -> str:
+    """Keys where a class should be named first."""
+    known, beside = problem.places.known(place), problem.places.beside(place)
+    for one in beside:
+        meant = nearest(one.path[-1], CLASS_KEYS, 1)
+        if meant and one.path[-1] not in CLASS_KEYS:
+            return f"{one.where}: '{one.path[-1]}' cannot stand here.{meant}"
+    if class_given(problem.given, place):
+        return f"{problem.at(place)} it must be one class_path with init_args. Is there a dash too many?"
+    fitting = [name for name, kind in known.items() if beside and beside[0].path[-1] in parameters(kind)]
+    return (f"{problem.at(place)} it does not say which class this is.\n"
+            f"  Add class_path: {(fitting or list(known))[0]}, and put its parameters under init_args.\n"
+            f"  Known: {listed(sorted(known), 10)}.")  # fmt: skip

@@ -1,0 +1,80 @@
+"""Tokens on the disk, found again by what they were made from."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from peftlight.data.tokens import Tokens
+from peftlight.errors import UserError
+from peftlight.files import write_atomically
+
+FORMAT = 1
+"""Raised whenever the same inputs would give other tokens or another file."""
+
+_ARRAYS = ("input_ids", "offsets", "lengths", "numbers", "files", "trained", "labels", "token_types")
+_METADATA = "peftlight"
+
+
+def cache_folder(given: str | None) -> Path:
+    """The folder given, or $PEFTLIGHT_CACHE, or ~/.cache/peftlight."""
+    return Path(given or os.environ.get("PEFTLIGHT_CACHE") or "~/.cache/peftlight").expanduser()
+
+
+def token_file(folder: Path, content: str, tokenizer: str, settings: Mapping[str, Any]) -> Path:
+    """The file for rows with this hash of their content, a tokenizer with this identity, and these settings."""
+    parts = json.dumps([FORMAT, content, tokenizer, settings], sort_keys=True)
+    return folder / "tokens" / f"{hashlib.sha256(parts.encode()).hexdigest()}.safetensors"
+
+
+def cached(path: Path, make: Callable[[], Tokens], describe: Callable[[Tokens], Mapping[str, Any]]) -> Tokens:
+    """The tokens in the file; where it is absent or damaged, those of `make`, written with a description for people."""
+    if path.exists():
+        try:
+            return _load(path)
+        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            rank_zero_warn(f"The cached tokens in {path} are damaged ({error}); they are made again.")
+    tokens = make()
+    try:
+        write_atomically(path, lambda file: _save(file, tokens, describe(tokens)))
+    except UserError as error:
+        raise UserError(f"{error} The folder for tokens is --data.cache_dir (or $PEFTLIGHT_CACHE).") from error
+    return tokens
+
+
+def _save(path: Path, tokens: Tokens, description: Mapping[str, Any]) -> None:
+    arrays = {name: array for name in _ARRAYS if (array := getattr(tokens, name)) is not None}
+    metadata = {
+        "sha256": _digest(arrays),
+        "label_names": tokens.label_names,
+        "unlabelled": tokens.unlabelled,
+        "summary": description,
+    }
+    # As bytes: a full disk is then an OSError like everywhere else, which safetensors would hide in its own error.
+    path.write_bytes(save(arrays, metadata={_METADATA: json.dumps(metadata)}))
+
+
+def _load(path: Path) -> Tokens:
+    with safe_open(path, framework="numpy") as file:
+        metadata = json.loads(file.metadata()[_METADATA])
+        names = file.keys()
+        arrays = {name: file.get_tensor(name) for name in names}
+    if _digest(arrays) != metadata["sha256"]:
+        raise ValueError("its content has changed")
+    return Tokens(**arrays, label_names=metadata["label_names"], unlabelled=metadata["unlabelled"])
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    sha256 = hashlib.sha256()
+    for name in sorted(arrays):
+        sha256.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        sha256.update(np.ascontiguousarray(arrays[name]).data)
+    return sha256.hexdigest()

@@ -1,0 +1,79 @@
+"""Which column is meant, and whether its cells are what a data set family needs."""
+
+from collections.abc import Mapping, Sequence
+
+from peftlight.data.table import MISSING, Table
+from peftlight.errors import UserError, listed, nearest
+
+
+def check_names(columns: Mapping[str, str], known: Sequence[str]) -> None:
+    """Refuse a `columns` mapping for a name that the family does not have."""
+    for ours in columns:
+        if ours not in known:
+            raise UserError(f"columns: unknown name {ours!r}.{nearest(ours, known)} Known names: {listed(known)}.")
+
+
+def column_of(table: Table, ours: str, columns: Mapping[str, str]) -> str | None:
+    """The table's column for our name; None when it has none."""
+    theirs = columns.get(ours, ours)
+    return theirs if theirs in table.columns else None
+
+
+def required_column(table: Table, ours: str, expected: Sequence[str], columns: Mapping[str, str]) -> str:
+    """The table's column for our name.
+
+    Raises:
+        UserError: there is none; the message holds the mapping that would name it.
+    """
+    theirs = columns.get(ours, ours)
+    if theirs not in table.columns:
+        missing = [name for name in expected if column_of(table, name, columns) is None]
+        found = f"Columns found: {listed(table.columns, 20)}. Columns expected: {listed(expected)}."
+        meant = " and no column ".join(_meant(name, columns) for name in missing)
+        raise UserError(f"{table.name} has no column {meant}. {found} {_mapping(table, expected, columns)}")
+    return theirs
+
+
+def _meant(ours: str, columns: Mapping[str, str]) -> str:
+    return f"{columns[ours]!r} (columns maps {ours} to it)" if ours in columns else repr(ours)
+
+
+def _mapping(table: Table, expected: Sequence[str], columns: Mapping[str, str]) -> str:
+    mapping = {ours: theirs for ours in expected if (theirs := column_of(table, ours, columns))}
+    free = [column for column in table.columns if column not in mapping.values()]
+    for ours in expected:
+        if ours not in mapping:
+            guess = next((column for column in free if repr(column) in nearest(ours, free)), free[0] if free else "...")
+            mapping[ours] = guess
+            free = [column for column in free if column != guess]
+    line = ", ".join(f"{ours}: {mapping[ours]}" for ours in expected)
+    return f"Name the columns to use, for example: columns: {{{line}}}"
+
+
+def filled_cells(table: Table, column: str) -> list[object]:
+    """The cells of a column, none of them missing or null."""
+    cells = table.cells(column)
+    for index, cell in enumerate(cells):
+        if cell is MISSING:
+            raise UserError(f"{table.where(index)}: the row has no {column!r}. Every row needs it.")
+        if cell is None:
+            raise UserError(f"{table.where(index)}: {column!r} is null. Fill the cell or remove the row.")
+    return cells
+
+
+def text_cells(table: Table, column: str, may_be_empty: bool = False) -> list[str]:
+    """The cells of a column of texts."""
+    texts: list[str] = []
+    for index, cell in enumerate(filled_cells(table, column)):
+        if not isinstance(cell, str):
+            raise UserError(f"{table.where(index)}: {column!r} is {shown(cell)}; expected a text.")
+        if not may_be_empty and not cell.strip():
+            raise UserError(f"{table.where(index)}: {column!r} is an empty text. Fill the cell or remove the row.")
+        texts.append(cell)
+    return texts
+
+
+def shown(cell: object) -> str:
+    """A cell and its type, short enough for a message."""
+    text = repr(cell)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(cell).__name__})"

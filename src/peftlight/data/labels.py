@@ -1,0 +1,88 @@
+"""Class labels: their names in order, and the index of each row's label."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peftlight.data.cells import filled_cells, shown
+from peftlight.data.table import Table
+from peftlight.errors import UserError, listed, nearest
+
+_INTEGER = re.compile(r"-?\d+")
+_UNKNOWN = -1
+
+
+def label_cells(table: Table, column: str) -> list[int | str]:
+    """The labels as the file has them: integers (written as text or not) or names."""
+    labels: list[int | str] = []
+    for index, cell in enumerate(filled_cells(table, column)):
+        label = _label(cell)
+        if label is None:
+            problem = "is empty" if cell == "" else f"is {shown(cell)}; expected an integer or a name"
+            raise UserError(f"{table.where(index)}: the label in {column!r} {problem}.")
+        labels.append(label)
+    return labels
+
+
+def _label(cell: object) -> int | str | None:
+    if isinstance(cell, int):
+        return int(cell)
+    if not isinstance(cell, str) or not cell.strip():
+        return None
+    name = cell.strip()
+    return int(name) if _INTEGER.fullmatch(name) else name
+
+
+def all_unknown(labels: Sequence[int | str]) -> bool:
+    """Whether every label is -1, the hub's way to publish a split without its labels."""
+    return all(label == _UNKNOWN for label in labels)
+
+
+def names_of(tables: Sequence[Table], labels: Sequence[Sequence[int | str]]) -> list[str]:
+    """The label names of a training split: sorted, or the numbers from 0 if all labels are integers."""
+    _check_whole_numbers(tables, labels)
+    values = {label for part in labels for label in part}
+    name = tables[0].name
+    if len(values) < 2:
+        raise UserError(f"{name}: every row has the label {next(iter(values))!r}; there is nothing to tell apart.")
+    if not all(isinstance(value, int) for value in values):
+        return sorted(str(value) for value in values)
+    numbers = sorted(value for value in values if isinstance(value, int))
+    if numbers != list(range(len(numbers))):
+        fix = f"Name them in order: labels: [{', '.join(repr(str(number)) for number in numbers)}]"
+        expected = f"expected every number from 0 to {len(numbers) - 1}"
+        raise UserError(f"{name}: the labels are {listed(numbers)}; {expected}. {fix}")
+    return [str(number) for number in numbers]
+
+
+def _check_whole_numbers(tables: Sequence[Table], labels: Sequence[Sequence[int | str]]) -> None:
+    for table, part in zip(tables, labels, strict=True):
+        for index, label in enumerate(part):
+            if isinstance(label, int) and label < 0:
+                raise UserError(f"{table.where(index)}: the label {label} is outside the range; labels count from 0.")
+
+
+def label_indices(table: Table, labels: Sequence[int | str], names: Sequence[str]) -> NDArray[np.int32]:
+    """The index of each row's label in `names`."""
+    index_of = {name: index for index, name in enumerate(names)}
+    # With numbers as names (stars from 1 to 5) a number is a name, never an index.
+    counted = not any(_INTEGER.fullmatch(name) for name in names)
+    indices = np.empty(len(labels), np.int32)
+    for row, label in enumerate(labels):
+        index = index_of.get(str(label))
+        if index is None and counted and isinstance(label, int) and 0 <= label < len(names):
+            index = label
+        if index is None:
+            raise UserError(f"{table.where(row)}: {_unknown_label(label, names)}")
+        indices[row] = index
+    return indices
+
+
+def _unknown_label(label: int | str, names: Sequence[str]) -> str:
+    order = f"The {len(names)} labels in order: {listed(names, 20)}."
+    from_zero = list(names) == [str(index) for index in range(len(names))]
+    if isinstance(label, int) and (from_zero or not any(_INTEGER.fullmatch(name) for name in names)):
+        return f"the label {label} is outside the range 0 to {len(names) - 1}. {order}"
+    return f"unknown label {label!r}.{nearest(str(label), names)} {order}"

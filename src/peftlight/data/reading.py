@@ -1,0 +1,179 @@
+"""Local files as tables: JSON, JSON Lines, CSV, TSV and parquet, with errors that name file and row."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from peftlight.data.table import MISSING, Table
+from peftlight.errors import UserError, listed
+
+_LONGEST_CELL = 2**31 - 1
+
+
+def read_file(path: str | Path) -> Table:
+    """The rows of the file, read as its extension says.
+
+    Raises:
+        UserError: the file cannot be read, or holds no rows, or a row is not like the others.
+    """
+    path = Path(path)
+    table = READERS[path.suffix.lower()](path)
+    if not len(table):
+        raise UserError(f"{path} has no rows.")
+    return table
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        message = f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}). Save the file as UTF-8."
+        raise UserError(message) from error
+    if not text.strip():
+        raise UserError(f"{path} is empty.")
+    return text
+
+
+def _read_json(path: Path) -> Table:
+    text = _text(path)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: {_json_problem(text, error)}") from error
+    if isinstance(rows, dict):
+        if not isinstance(rows.get("data"), list):
+            found = listed(rows)
+            raise UserError(
+                f'{path} is one object with the keys {found}; expected a list of rows or {{"data": [...]}}.'
+            )
+        rows = rows["data"]
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds {_kind(rows)}; expected a list of objects, one per row.")
+    return _table_of_objects(path, "row", list(enumerate(rows, start=1)))
+
+
+def _json_problem(text: str, error: json.JSONDecodeError) -> str:
+    if error.msg == "Extra data" and text[error.pos] == "{":
+        return "a second object follows the first. One object per line is JSON Lines: name the file .jsonl."
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+        return f"not valid JSON ({error.msg}). The text ends too early: the file seems to be cut off."
+    return f"not valid JSON ({error.msg} at column {error.colno})."
+
+
+def _read_json_lines(path: Path) -> Table:
+    rows: list[tuple[int, Any]] = []
+    # Not splitlines(): it also breaks at characters that JSON allows inside a string, like U+2028.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((number, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: {_json_problem(line, error)}") from error
+    return _table_of_objects(path, "line", rows)
+
+
+def _table_of_objects(path: Path, unit: str, rows: list[tuple[int, Any]]) -> Table:
+    columns: dict[str, None] = {}
+    for number, row in rows:
+        if not isinstance(row, dict):
+            expected = 'expected an object like {"column": value}'
+            raise UserError(f"{path}, {unit} {number}: the row is {_kind(row)}; {expected}.")
+        columns.update(dict.fromkeys(row))
+
+    def cells(column: str) -> list[object]:
+        return [row.get(column, MISSING) for _, row in rows]
+
+    return Table(str(path), unit, list(columns), [number for number, _ in rows], cells)
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _read_csv(path: Path) -> Table:
+    return _table_of_lines(path, csv.reader(_lines(path), strict=True), "Put a cell with a comma in double quotes.")
+
+
+def _read_tsv(path: Path) -> Table:
+    # No quoting: in tab-separated files, SST-2's among them, a quote character is text like any other.
+    reader = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return _table_of_lines(path, reader, "A cell cannot hold a tab or a line break.")
+
+
+def _lines(path: Path) -> Iterable[str]:
+    csv.field_size_limit(_LONGEST_CELL)
+    return io.StringIO(_text(path), newline="")
+
+
+def _table_of_lines(path: Path, reader: Any, advice: str) -> Table:
+    numbered = _numbered(path, reader)
+    header = next(numbered, (1, []))[1]
+    if len(set(header)) < len(header) or "" in header:
+        raise UserError(f"{path}, line 1: the header needs one name per column, each once; found {listed(header)}.")
+    numbers: list[int] = []
+    rows: list[list[str]] = []
+    for number, row in numbered:
+        if len(row) != len(header):
+            expected = f"the header has {len(header)} ({listed(header)})"
+            raise UserError(f"{path}, line {number}: {len(row)} cells where {expected}. {advice}")
+        numbers.append(number)
+        rows.append(row)
+
+    def cells(column: str) -> list[object]:
+        at = header.index(column)
+        return [row[at] for row in rows]
+
+    return Table(str(path), "line", header, numbers, cells)
+
+
+def _numbered(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Each row that is not blank with the line it begins on (a quoted cell may span several)."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {line}: not valid CSV ({error}).") from error
+        if row is None:
+            return
+        if row:
+            yield line, row
+
+
+def _read_parquet(path: Path) -> Table:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UserError(f"Reading {path} needs the package pyarrow: pip install pyarrow") from error
+    try:
+        return arrow_table(str(path), pq.read_table(path))
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a whole parquet file ({str(error).splitlines()[0]}).") from error
+
+
+def arrow_table(name: str, table: Any) -> Table:
+    """A pyarrow table; a column becomes Python objects when it is asked for."""
+    return Table(
+        name, "row", table.column_names, range(1, len(table) + 1), lambda column: table.column(column).to_pylist()
+    )
+
+
+READERS: dict[str, Callable[[Path], Table]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
+"""The file formats by their extension."""
+
+LINE_FORMATS = (".jsonl", ".csv", ".tsv")
+"""Those whose rows are numbered by the line of the file."""

@@ -1,0 +1,62 @@
+"""What became of the rows of a split."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peftlight.data.tokens import Tokens
+from peftlight.errors import listed
+
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of one split's rows and tokens."""
+
+    rows: int
+    """Rows of the split."""
+    kept: int
+    """Rows that are used."""
+    truncated: int
+    """Rows longer than max_length, which were cut."""
+    empty: int
+    """Rows without any label token (or, to predict from, without any token), which were dropped."""
+    empty_rows: list[str]
+    """Where the first of those stand."""
+    tokens: int
+    """Tokens of the kept rows."""
+    label_tokens: int
+    """Labels of the kept rows that enter the loss: tokens for a language model, rows for classification."""
+    longest: int
+    """Tokens of the longest row before cutting."""
+
+    def __str__(self) -> str:
+        text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.label_tokens:,} labels, longest {self.longest:,}"
+        if self.truncated:
+            text += f"; {self.truncated:,} truncated"
+        if self.empty:
+            text += f"; {self.empty:,} dropped without labels ({self.named()})"
+        return text
+
+    def named(self) -> str:
+        """The first of the dropped rows, for a message."""
+        return listed(self.empty_rows) + (" and others" if self.empty > len(self.empty_rows) else "")
+
+
+def summarize(tokens: Tokens, rows: NDArray[np.int64], max_length: int, place: Callable[[int], str]) -> Summary:
+    """The summary of some rows; `place` says where a row stands."""
+    kept = tokens.kept()[rows]
+    empty = rows[~kept]
+    return Summary(
+        rows=len(rows),
+        kept=int(kept.sum()),
+        truncated=int((tokens.lengths[rows] > max_length).sum()),
+        empty=len(empty),
+        empty_rows=[place(int(row)) for row in empty[:_NAMED]],
+        tokens=int(np.diff(tokens.offsets)[rows[kept]].sum()),
+        label_tokens=int(tokens.label_counts()[rows[kept]].sum()),
+        longest=int(tokens.lengths[rows].max(initial=0)),
+    )

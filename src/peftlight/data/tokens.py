@@ -1,0 +1,135 @@
+"""Tokenized rows: flat arrays, the data set over them, and how they are put together."""
+
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+IGNORED = -100
+"""The label of a token that is not trained."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """All rows of a split, also those without anything to train; row i is `input_ids[offsets[i]:offsets[i + 1]]`."""
+
+    input_ids: NDArray[np.int32]
+    """The tokens of all rows, each cut to the maximum length."""
+    offsets: NDArray[np.int64]
+    """Where each row begins, and where the last one ends."""
+    lengths: NDArray[np.int32]
+    """How many tokens each row has before it is cut."""
+    numbers: NDArray[np.int64]
+    """The line or row number of each row in its file."""
+    files: NDArray[np.int32]
+    """Which of the split's files each row is from."""
+    trained: NDArray[np.uint8] | None = None
+    """Per token: 1 where it is a label of a language model."""
+    labels: NDArray[np.int32] | None = None
+    """Per row: its class."""
+    token_types: NDArray[np.uint8] | None = None
+    """Per token: which text of a pair it is from."""
+    label_names: list[str] | None = None
+    """The names of the classes."""
+    unlabelled: str = ""
+    """Why the rows have no labels; empty if they have, or if none were asked for."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def label_counts(self) -> NDArray[np.int64]:
+        """How many labels of each row enter the loss; a first token is never predicted, so it does not count."""
+        if self.trained is None:
+            return np.full(len(self), 0 if self.labels is None else 1, np.int64)
+        total = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        return total[ends] - total[np.minimum(starts + 1, ends)]
+
+    def kept(self) -> NDArray[np.bool_]:
+        """Per row: whether it has something to learn from or to predict."""
+        if self.trained is not None:
+            return self.label_counts() > 0
+        return np.diff(self.offsets) > 0
+
+
+class Item(TypedDict, total=False):
+    """One row as the data set gives it."""
+
+    input_ids: NDArray[np.int32]
+    row: int
+    labels: NDArray[np.int32] | int
+    token_type_ids: NDArray[np.uint8]
+
+
+class TokenDataset(Dataset[Item]):
+    """Some rows of tokens, each with its number in the source."""
+
+    def __init__(self, tokens: Tokens, rows: NDArray[np.int64]) -> None:
+        self.tokens = tokens
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        tokens, row = self.tokens, int(self.rows[index])
+        span = slice(int(tokens.offsets[row]), int(tokens.offsets[row + 1]))
+        item = Item(input_ids=tokens.input_ids[span], row=row)
+        if tokens.trained is not None:
+            item["labels"] = np.where(tokens.trained[span], tokens.input_ids[span], IGNORED).astype(np.int32)
+        if tokens.labels is not None:
+            item["labels"] = int(tokens.labels[row])
+        if tokens.token_types is not None:
+            item["token_type_ids"] = tokens.token_types[span]
+        return item
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One row after tokenizing."""
+
+    input_ids: list[int]
+    """Its tokens, cut to the maximum length."""
+    length: int
+    """How many there were before."""
+    trained: NDArray[np.uint8] | None = None
+    """Per token: 1 where it is a label."""
+    token_types: list[int] | None = None
+    """Per token: which text of a pair it is from."""
+
+
+@dataclass
+class TokenBuilder:
+    """Collects encoded rows into `Tokens`."""
+
+    ids: list[NDArray[np.int32]] = field(default_factory=list)
+    """The tokens row by row."""
+    trained: list[NDArray[np.uint8]] = field(default_factory=list)
+    """The masks of the rows that have one."""
+    types: list[NDArray[np.uint8]] = field(default_factory=list)
+    """The token types of the rows that have them."""
+    lengths: list[int] = field(default_factory=list)
+    """The lengths before cutting."""
+
+    def add(self, row: EncodedRow) -> None:
+        """Append one row."""
+        self.ids.append(np.asarray(row.input_ids, np.int32))
+        self.lengths.append(row.length)
+        if row.trained is not None:
+            self.trained.append(row.trained)
+        if row.token_types is not None:
+            self.types.append(np.asarray(row.token_types, np.uint8))
+
+    def tokens(self, numbers: list[int], files: list[int]) -> Tokens:
+        """All rows added so far; `numbers` and `files` say where each came from."""
+        return Tokens(
+            input_ids=np.concatenate(self.ids),
+            offsets=np.concatenate([[0], np.cumsum([len(ids) for ids in self.ids])]).astype(np.int64),
+            lengths=np.asarray(self.lengths, np.int32),
+            numbers=np.asarray(numbers, np.int64),
+            files=np.asarray(files, np.int32),
+            trained=np.concatenate(self.trained) if self.trained else None,
+            token_types=np.concatenate(self.types) if self.types else None,
+        )

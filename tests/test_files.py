@@ -1,0 +1,87 @@
+"""A file is written whole or not at all."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftlight.errors import UserError
+from peftlight.files import write_atomically, write_text
+
+
+def test_a_file_is_written_with_the_folders_it_needs(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b" / "c.txt", "grüße\n")
+    assert (tmp_path / "a" / "b" / "c.txt").read_bytes() == "grüße\n".encode()
+    assert os.listdir(tmp_path / "a" / "b") == ["c.txt"]
+
+
+def test_a_file_is_replaced(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(("raised", "seen"), [(OSError(28, "No space left"), UserError), (KeyError("x"), KeyError)])
+def test_a_failure_while_writing_keeps_the_old_file_and_leaves_nothing_behind(
+    raised: Exception, seen: type[Exception], tmp_path: Path
+) -> None:
+    def fails_half_way(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise raised
+
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(seen):
+        write_atomically(tmp_path / "a.txt", fails_half_way)
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    def look(temporary: Path) -> None:
+        temporary.write_text("new")
+        assert (tmp_path / "a.txt").read_text() == "old"
+
+    (tmp_path / "a.txt").write_text("old")
+    with open(tmp_path / "a.txt") as reader:
+        write_atomically(tmp_path / "a.txt", look)
+        assert reader.read() == "old"  # renamed over, not written over
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"Cannot write .*file/a\.txt"):
+        write_text(tmp_path / "file" / "a.txt", "x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"Cannot write .*folder"):
+        write_text(tmp_path / "folder", "x")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
+    """A limit on the size of files fails as a full disk does: in the middle of a write."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    code = f"""
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from peftlight.errors import UserError
+from peftlight.files import write_text
+path = {str(tmp_path / "a.txt")!r}
+write_text(path, "old")
+try:
+    write_text(path, "x" * 5000)
+except UserError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], preexec_fn=limit, capture_output=True, text=True, check=True)
+    assert "No room left to write" in ran.stdout
+    assert "unchanged" in ran.stdout
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
