@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import make
 from torch import nn
 
+from models import make
 from peftlight.errors import UserError
 from peftlight.pretrained import Source
 

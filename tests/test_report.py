@@ -3,10 +3,10 @@
 import io
 
 import pytest
-from models import CLASSES, VOCABULARY, llama, make
 from rich.console import Console
 from torch import nn
 
+from models import CLASSES, VOCABULARY, llama, make
 from peftlight.report import Row, rows_of, table_of
 from peftlight.strategies import BitFit, Full, LoRA
 from peftlight.strategy import Adapter, PEFTStrategy, attach

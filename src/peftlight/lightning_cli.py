@@ -73,8 +73,11 @@ class PeftlightCLI(LightningCLI):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in sys.argv[1:2]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        kinds = {"optimizer": ((Optimizer,), {"params"}), "lr_scheduler": ((LRScheduler, ReduceLROnPlateau), {"optimizer"})}
-        for name, (classes, skip) in kinds.items():
+        schedulers = (LRScheduler, ReduceLROnPlateau)
+        for name, classes, skip in (
+            ("optimizer", (Optimizer,), {"params"}),
+            ("lr_scheduler", schedulers, {"optimizer"}),
+        ):
             parser.add_subclass_arguments(classes, name, required=False, instantiate=False, skip=skip)
             parser.link_arguments(name, f"model.init_args.{name}")
         parser.set_defaults(_DEFAULTS)
@@ -128,7 +131,7 @@ class PeftlightCLI(LightningCLI):
 
     def _new_run_folder(self, config: Any) -> Path:
         """A folder that no other run has; the first process makes it, those that it starts are told."""
-        if rank_zero_only.rank != 0:
+        if getattr(rank_zero_only, "rank", 0) != 0:
             return Path(os.environ.get(_RUN_FOLDER, "runs"))
         root = Path(config.get("default_root_dir") or "runs")
         strategy = type(self._get(self.config_init, "model").strategy).__name__

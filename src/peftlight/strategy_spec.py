@@ -18,7 +18,7 @@ class StrategySpec(TypedDict):
 def spec_of(strategy: PEFTStrategy) -> StrategySpec:
     """The strategy as plain data."""
     kind = type(strategy)
-    arguments = dataclasses.asdict(strategy) if dataclasses.is_dataclass(strategy) else {}
+    arguments: dict[str, Any] = dataclasses.asdict(strategy) if dataclasses.is_dataclass(strategy) else {}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 

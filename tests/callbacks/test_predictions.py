@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from models import make
-from tasks.small import QUIET, Rows, batches, class_rows, constant, loader, numbers, padded, quiet_trainer, token_rows
 from torch import nn
 
+from models import make
 from peftlight.callbacks import PredictionWriter, ShowPredictions
 from peftlight.strategies import LoRA
 from peftlight.tasks import CausalLM, SequenceClassification
+from tasks.small import QUIET, Rows, batches, class_rows, constant, loader, numbers, padded, quiet_trainer, token_rows
 
 pytestmark = QUIET
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback
-from models import make
-from tasks.small import QUIET, Rows, batches, class_rows, constant, quiet_trainer
 
+from models import make
 from peftlight.callbacks import Progress
 from peftlight.callbacks import progress as progress_module
 from peftlight.strategies import LoRA
 from peftlight.tasks import SequenceClassification
+from tasks.small import QUIET, Rows, batches, class_rows, constant, quiet_trainer
 
 pytestmark = QUIET
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from models import make
-from tasks.small import QUIET, Rows, batches, class_rows, constant, loader, padded, quiet_trainer
 
 import peftlight
+from models import make
 from peftlight import load_adapter
 from peftlight.callbacks import RunRecord
 from peftlight.console import say
 from peftlight.strategies import LoRA
 from peftlight.tasks import SequenceClassification
+from tasks.small import QUIET, Rows, batches, class_rows, constant, loader, padded, quiet_trainer
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")]
 

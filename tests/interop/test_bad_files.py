@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import inputs_for, make
 from safetensors.torch import load_file, save_file
-from strategies.against_peft import output
 from torch import nn
 
+from models import inputs_for, make
 from peftlight import attach, load_adapter, save_adapter
 from peftlight.errors import UserError
 from peftlight.strategies import BitFit, Full, LoRA
+from strategies.against_peft import output
 
 CONFIG, TENSORS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "peftlight.json"
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"

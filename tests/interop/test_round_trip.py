@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from models import MODELS, inputs_for, make
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from strategies.against_peft import assert_near, output
 from torch import Tensor, nn
 
+from models import MODELS, inputs_for, make
 from peftlight import Adapter, PEFTStrategy, attach, load_adapter, save_adapter
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
 from peftlight.strategies import BitFit, Full, LoRA
+from strategies.against_peft import assert_near, output
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ALL = [*MODELS, "llama_classifier"]

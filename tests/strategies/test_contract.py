@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import MODELS, inputs_for, make
-from strategies.against_peft import loss_of, losses, output
 from torch import Tensor, nn
 
+from models import MODELS, inputs_for, make
 from peftlight import Adapter, PEFTStrategy, attach
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
 from peftlight.strategies import BitFit, Full, LoRA
+from strategies.against_peft import loss_of, losses, output
 
 STRATEGIES: dict[str, Callable[[], PEFTStrategy]] = {
     "lora": lambda: LoRA(rank=4),

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from models import inputs_for, make
-from strategies.against_peft import losses
 from torch import nn
 
+from models import inputs_for, make
 from peftlight import attach
 from peftlight.errors import UserError
 from peftlight.strategies import BitFit, Full
+from strategies.against_peft import losses
 
 WITH_BIASES = ["bert", "roberta", "gpt2", "vit"]
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import MODELS, inputs_for, make
 from peft import LoraConfig
-from strategies.against_peft import assert_near, by_our_names, loss_of, losses, output, pair, stir
 from torch import nn
 
+from models import MODELS, inputs_for, make
 from peftlight import attach
 from peftlight.strategies import LoRA
+from strategies.against_peft import assert_near, by_our_names, loss_of, losses, output, pair, stir
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from strategies.against_peft import losses
 from torch import Tensor, nn
 
 from peftlight import Adapter, attach
 from peftlight.strategies import BitFit, Full, LoRA
+from strategies.against_peft import losses
 
 
 def encoder() -> nn.Module:

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from models import make
-from tasks.small import QUIET, Rows, batches, class_rows, loader, padded, quiet_trainer, token_rows, trained
 from torch import Tensor, nn
 from transformers import BertModel
 
+from models import make
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
 from peftlight.strategies import BitFit, Full, LoRA
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks import CausalLM, PEFTModule, SequenceClassification
+from tasks.small import QUIET, Rows, batches, class_rows, loader, padded, quiet_trainer, token_rows, trained
 
 pytestmark = QUIET
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import make
-from tasks.small import QUIET, Rows, Watch, batches, class_rows, constant, loader, quiet_trainer, token_rows
 
+from models import make
 from peftlight.errors import UserError
 from peftlight.strategies import BitFit, LoRA
 from peftlight.tasks import CausalLM, SequenceClassification
+from tasks.small import QUIET, Rows, Watch, batches, class_rows, constant, loader, quiet_trainer, token_rows
 
 pytestmark = QUIET
 

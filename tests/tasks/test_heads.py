@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import make
-from tasks.small import QUIET, Rows, batches, class_rows, quiet_trainer, token_rows, trained
 from torch import nn
 from transformers import (
     BertModel,
@@ -17,9 +15,11 @@ from transformers import (
     RobertaModel,
 )
 
+from models import make
 from peftlight.errors import UserError
 from peftlight.strategies import BitFit, LoRA
 from peftlight.tasks import CausalLM, SequenceClassification
+from tasks.small import QUIET, Rows, batches, class_rows, quiet_trainer, token_rows, trained
 
 pytestmark = QUIET
 

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
+
 from models import make
+from peftlight.errors import UserError
+from peftlight.strategies import LoRA
+from peftlight.strategy import Adapter
+from peftlight.tasks import SequenceClassification
 from tasks.small import (
     QUIET,
     Watch,
@@ -21,12 +27,6 @@ from tasks.small import (
     stirred,
     trained,
 )
-from torch import Tensor
-
-from peftlight.errors import UserError
-from peftlight.strategies import LoRA
-from peftlight.strategy import Adapter
-from peftlight.tasks import SequenceClassification
 
 pytestmark = QUIET
 

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from models import make
+from peftlight.strategies import LoRA
+from peftlight.tasks import CausalLM, PEFTModule, SequenceClassification
 from tasks.small import (
     QUIET,
     Row,
@@ -21,10 +25,6 @@ from tasks.small import (
     token_rows,
     trained,
 )
-from torch import Tensor
-
-from peftlight.strategies import LoRA
-from peftlight.tasks import CausalLM, PEFTModule, SequenceClassification
 
 pytestmark = QUIET
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import make
-from tasks.small import QUIET, Batch, Row, class_rows, loader, padded, quiet_trainer, stirred, token_rows
 from torch import Tensor
 
+from models import make
 from peftlight.strategies import LoRA
 from peftlight.tasks import CausalLM, PEFTModule, SequenceClassification
+from tasks.small import QUIET, Batch, Row, class_rows, loader, padded, quiet_trainer, stirred, token_rows
 
 pytestmark = QUIET
 

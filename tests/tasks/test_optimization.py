@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from models import make
-from tasks.small import QUIET, Rows, batches, class_rows, constant, loader, quiet_trainer, trained
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
+from models import make
 from peftlight.errors import UserError
 from peftlight.strategies import LoRA
 from peftlight.tasks import LinearWarmup, SequenceClassification
+from tasks.small import QUIET, Rows, batches, class_rows, constant, loader, quiet_trainer, trained
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")]
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import make
-from tasks.small import QUIET, Rows, class_rows, loader, numbers, padded, quiet_trainer, stirred, token_rows
 
+from models import make
 from peftlight.strategies import LoRA
 from peftlight.tasks import CausalLM, SequenceClassification
+from tasks.small import QUIET, Rows, class_rows, loader, numbers, padded, quiet_trainer, stirred, token_rows
 
 pytestmark = QUIET
 

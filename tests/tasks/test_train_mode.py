@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from models import make
-from tasks.small import QUIET, Rows, Watch, batches, class_rows, constant, loader, quiet_trainer, standing_still
 from torch import Tensor, nn
 
+from models import make
 from peftlight.strategies import BitFit, Full, LoRA
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks import SequenceClassification
+from tasks.small import QUIET, Rows, Watch, batches, class_rows, constant, loader, quiet_trainer, standing_still
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:Found . module.s. in eval mode at the start of training")]
 

@@ -35,7 +35,7 @@ class RunRecord(Callback):
         """
         self.folder, self.config = folder, config
         self.record: dict[str, Any] = {"command": command, "seed": seed, "python": platform.python_version()}
-        self._started = time.time()
+        self._started, self._training_since = time.time(), time.monotonic()
         self._log: logging.Handler | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -62,6 +62,14 @@ class RunRecord(Callback):
             say(_plan(trainer, pl_module))
             self.record["trained"] = [_plain(row) for row in rows_of(pl_module.adapter)]
             self._write("running")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._training_since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.record["training_seconds"] = round(time.monotonic() - self._training_since, 2)  # up to the last batch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and isinstance(pl_module, PEFTModule) and not getattr(trainer, "fast_dev_run", 0):

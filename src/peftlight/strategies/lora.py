@@ -7,7 +7,7 @@ https://arxiv.org/abs/2106.09685
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +112,8 @@ class LinearLoRA(Delta):
 
     def __init__(self, shape_a: tuple[int, ...], shape_b: tuple[int, ...], scale: float, dropout: float) -> None:
         super().__init__()
-        self.A = nn.Parameter(torch.empty(shape_a, dtype=torch.float32))
-        self.B = nn.Parameter(torch.empty(shape_b, dtype=torch.float32))
+        self.A = nn.Parameter(torch.empty(shape_a, dtype=torch.float32, device="cpu"))
+        self.B = nn.Parameter(torch.empty(shape_b, dtype=torch.float32, device="cpu"))
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         # A is drawn twice and B once in vain: the same random numbers as HF PEFT, so that a seed gives its weights.
@@ -132,9 +132,11 @@ class ConvLoRA(LinearLoRA):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y: Tensor = base(x)
-        inner = _convolve(base.module, self.dropout(x.to(self.A.dtype)), self.A)
-        convolve = F.conv1d if self.B.dim() == 3 else F.conv2d
-        update = convolve(inner, self.B, groups=base.module.groups)  # type: ignore[arg-type]
+        module = base.module
+        assert isinstance(module, nn.Conv1d | nn.Conv2d)
+        inner = _convolve(module, self.dropout(x.to(self.A.dtype)), self.A)
+        convolve = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
+        update = convolve(inner, self.B, groups=module.groups)
         return (y + update * self.scale).to(y.dtype)
 
 
@@ -144,8 +146,8 @@ class EmbeddingLoRA(Delta):
     def __init__(self, rank: int, vocabulary: int, dim: int, scale: float) -> None:
         super().__init__()
         # Drawn, then drawn again or zeroed: the same random numbers as HF PEFT.
-        self.A = nn.Parameter(torch.randn(rank, vocabulary, dtype=torch.float32))
-        self.B = nn.Parameter(torch.randn(dim, rank, dtype=torch.float32))
+        self.A = nn.Parameter(torch.randn(rank, vocabulary, dtype=torch.float32, device="cpu"))
+        self.B = nn.Parameter(torch.randn(dim, rank, dtype=torch.float32, device="cpu"))
         self.scale = scale
         nn.init.zeros_(self.A)
         nn.init.normal_(self.B)
@@ -160,12 +162,11 @@ class EmbeddingLoRA(Delta):
         return (y + F.linear(inner, self.B) * scale).to(y.dtype)
 
 
-def _convolve(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def _convolve(module: nn.Conv1d | nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
     """Convolve `x` with `weight` as `module` does, but without its bias and over all channels at once."""
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    padding = module.padding
+    padding: Any = module.padding
     if module.padding_mode != "zeros":
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         padding = 0
-    convolve = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
-    return convolve(x, weight, None, module.stride, padding, module.dilation)  # type: ignore[arg-type]
+    convolve: Any = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
+    return convolve(x, weight, None, module.stride, padding, module.dilation)

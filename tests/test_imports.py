@@ -1,0 +1,115 @@
+"""The arrows of docs/architecture.md, held by reading the import statements; and what must stay unimported."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "peftlight"
+
+# A room may import from those that stand after it in its line.
+FREE = {"errors", "files"}
+ROOMS = {
+    "linear": set(),
+    "delta": set(),
+    "architectures": set(),
+    "targets": {"linear", "architectures"},
+    "strategy": {"delta", "targets"},
+    "strategies": {"strategy", "delta", "targets", "linear"},
+    "strategy_spec": {"strategy", "strategies"},
+    "pretrained": set(),
+    "interop": {"strategy", "strategy_spec", "strategies", "delta", "linear", "targets"},
+    "report": {"strategy"},
+    "console": set(),
+    "tasks": {"strategy", "strategy_spec", "pretrained"},
+    "data": set(),
+    "callbacks": {"tasks", "report", "console", "interop", "strategy"},
+    "config_errors": {"tasks", "data", "strategy", "strategies", "callbacks"},
+    "cli": {"lightning_cli", "config_errors"},
+    "lightning_cli": {"cli", "tasks", "data", "callbacks", "strategies", "config_errors"},
+    "__main__": {"cli"},
+    "__init__": {"interop", "strategy"},
+}
+NEVER = {"peft"}
+HEAVY_BELOW = {"lightning", "transformers", "datasets", "bitsandbytes"}
+"""What a strategy and everything under it must not know."""
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_arrows_point_down(path: Path) -> None:
+    room = room_of(path)
+    reached = {name.split(".")[1] for name in imports(path) if name.startswith("peftlight.")}
+    rooms = {name for name in reached if (SOURCE / name).exists() or (SOURCE / f"{name}.py").exists()}
+    assert not rooms - ROOMS.get(room, set()) - FREE - {room}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_nobody_imports_the_oracle_and_strategies_know_no_framework(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert not roots & NEVER
+    if room_of(path) in {"linear", "delta", "targets", "architectures", "strategy", "strategies"}:
+        assert not roots & HEAVY_BELOW
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["fit", "--help"], ["predict", "-h"], ["fot"]])
+def test_small_answers_import_nothing_heavy(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from peftlight.cli import main
+main({arguments!r})
+print(sorted({{'torch', 'lightning', 'transformers', 'jsonargparse'}} & set(sys.modules)))
+"""
+    assert run_python(code).strip().endswith("[]")
+
+
+def test_training_on_tensors_needs_neither_datasets_nor_bitsandbytes() -> None:
+    code = """
+import sys, warnings
+warnings.simplefilter("ignore")
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("datasets", "bitsandbytes"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+from peftlight.strategies import LoRA
+from peftlight.tasks import CausalLM
+
+config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+ids = torch.randint(0, 50, (8, 6))
+rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+module = CausalLM(LlamaForCausalLM(config), LoRA())
+trainer = Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+trainer.fit(module, DataLoader(rows, batch_size=4))
+print(trainer.global_step, {"datasets", "bitsandbytes"} & set(sys.modules))
+"""
+    assert run_python(code).strip().endswith("2 set()")
