@@ -388,13 +388,13 @@ def test_an_error_without_a_config(options: str, expected: list[str], capsys: py
     assert [part for part in expected if part not in told] == []
 
 
-def test_a_module_of_the_working_folder_that_python_does_not_see(
+def test_a_class_in_the_working_folder_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(Path.cwd())])
-    Path("mine.py").touch()
-    told = _told(["fit", "--config", "lora.yaml", "--model.strategy", "mine.Mine"], capsys)
-    assert "PYTHONPATH=. peftlight fit" in told
+    Path("my_method.py").write_text("from peftlight.strategies import LoRA\nclass Mine(LoRA):\n    pass\n")
+    assert main(["fit", "--config", "lora.yaml", "--model.strategy", "my_method.Mine", "--print_config"]) == 0
+    assert "class_path: my_method.Mine" in capsys.readouterr().out
 
 
 def test_an_unknown_error_shows_its_innermost_sentence() -> None:

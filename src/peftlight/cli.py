@@ -50,7 +50,7 @@ _COMMAND_HELP = """usage: peftlight {command} --config FILE [--config FILE ...] 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 for an error that the user can put right."""
+    """Run one command; returns the exit code: 0; 2 for an error that the user can put right, 1 for another."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in given
     given = [argument for argument in given if argument != "--traceback"]
@@ -65,11 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         read_given(given)  # a file that is missing or no YAML is refused before seconds of imports
         from peftlight.lightning_cli import run
 
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # so that a configuration can name the user's own classes
         run([argument.replace("--help-all", "--help") for argument in given])
-    except UserError as error:
-        return _complain(error, traceback)
-    except OSError as error:
-        return _complain(error, traceback)
+    except (UserError, OSError) as error:
+        if traceback:
+            raise
+        print(f"peftlight: error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if traceback:
+            raise
+        told = f"{type(error).__name__}: {error}"
+        print(f"peftlight: unexpected error: {told}\n  --traceback shows where it happened.", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -90,11 +99,3 @@ def _check_command(given: list[str]) -> None:
     if given[0] not in COMMANDS:
         raise UserError(f"There is no command {given[0]!r}.{nearest(given[0], COMMANDS)} "
                         f"Commands: {', '.join(COMMANDS)}.")  # fmt: skip
-
-
-def _complain(error: BaseException, traceback: bool) -> int:
-    if traceback:
-        raise error
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"peftlight: error: {error}", file=sys.stderr)
-    return 2

@@ -1,6 +1,7 @@
 """LightningCLI with peftlight's tasks, data and conventions. Everything taken from its private side is in this file."""
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -42,6 +43,9 @@ def run(arguments: Sequence[str]) -> None:
         UserError: the configuration, the data or the model is not right.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
     strict = {"exit_on_error": False, "allow_abbrev": False}
     before = sys.argv
     sys.argv = [before[0], *arguments]  # where Lightning looks, also to start further processes

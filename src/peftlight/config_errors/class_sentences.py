@@ -1,7 +1,6 @@
 """What a person reads about classes: a function for each kind of problem. An empty text leaves it to the next kind."""
 
 import sys
-from pathlib import Path as File
 from types import ModuleType
 
 from peftlight.config_errors.given import Path, class_given
@@ -37,17 +36,15 @@ def no_such_class(problem: Problem) -> str:
     if not f"{module}.".startswith(f"{lost}."):
         return ""  # the module is there, and fails to import another
     meant = near(base, problem.places.known(problem.path))
-    what_to_do = _where_to_put(lost, problem.places.command)
+    what_to_do = _where_to_put(lost)
     return f"{at} {name} is not found: there is no module '{lost}'.{meant}\n  {what_to_do}"
 
 
-def _where_to_put(module: str, command: str) -> str:
-    package, _, name = module.rpartition(".")
+def _where_to_put(module: str) -> str:
+    package = module.rpartition(".")[0]
     if package:
         return f"The package {package} is there: look at the rest of the name."
-    if File(f"{name}.py").exists() or File(name).is_dir():
-        return f"It is in this folder, but Python does not look here: PYTHONPATH=. peftlight {command} ..."
-    return "Install its package, or put the folder it is in on PYTHONPATH."
+    return "Install its package, run the command in the folder that it is in, or put that folder on PYTHONPATH."
 
 
 def wrong_kind(problem: Problem) -> str:

@@ -205,8 +205,11 @@ class PEFTModule(LightningModule):
         self._tokens, self._since = 0, time.monotonic()  # validation between epochs is not training time
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        scheduler = self.lr_scheduler(optimizer)
+        try:
+            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+            scheduler = self.lr_scheduler(optimizer)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"The optimizer or the lr_scheduler refuses its settings: {error}") from error
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
         if isinstance(scheduler, LinearWarmup) and scheduler.total_steps is None:
