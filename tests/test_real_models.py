@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tasks.small import QUIET
 
 from peftlight.cli import main
 from peftlight.pretrained import Source
 from peftlight.tasks import CausalLM, SequenceClassification
+from tasks.small import QUIET
 
 pytestmark = [
     pytest.mark.slow,
