@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from peftlight.errors import UserError
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.base import PEFTModule
 
@@ -33,6 +34,24 @@ class CausalLM(PEFTModule):
 
     def heads(self, model: nn.Module, new: Any) -> list[str]:
         return []  # a language model's head is pretrained; a new one is random, which is refused
+
+    def on_fit_start(self) -> None:
+        self._refuse_to_read_ahead()
+        super().on_fit_start()
+
+    @torch.no_grad()
+    def _refuse_to_read_ahead(self) -> None:
+        """An encoder such as BERT loads as a language model too, but sees the token that it is to predict."""
+        assert self.model is not None
+        self.model.eval()
+        ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=self.device)
+        with self.trainer.precision_plugin.forward_context():
+            one, other = self.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[:, :2].float()
+        if (one - other).abs().max() > 1e-2 * one.abs().max():
+            raise UserError(
+                f"{self._base_name()} reads both ways: its output for a token depends on the tokens after it, so it "
+                "would learn to copy the answer. Choose a model that reads from left to right, such as GPT-2 or Llama."
+            )
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits, labels = self.logits(batch)[:, :-1], batch["labels"][:, 1:]
