@@ -10,6 +10,9 @@ from rich.console import Console, RenderableType
 
 log = logging.getLogger("peftlight")
 _LOGGERS = ("peftlight", "lightning", "lightning.pytorch", "lightning.fabric", "transformers", "py.warnings")
+_ALSO_SHOWN = ("peftlight", "py.warnings")
+"""Those that have no way to the terminal of their own once a log is open."""
+_TERMINAL = logging.lastResort or logging.StreamHandler()
 
 
 @rank_zero_only
@@ -20,7 +23,7 @@ def say(what: RenderableType) -> None:
     plain = Console(file=io.StringIO(), width=120, **as_it_is)
     plain.print(what)
     text = plain.file.getvalue().rstrip()  # type: ignore[attr-defined]
-    for handler in log.handlers:
+    for handler in (each for each in log.handlers if isinstance(each, logging.FileHandler)):
         handler.emit(logging.LogRecord("peftlight", logging.INFO, "", 0, text, None, None))
 
 
@@ -32,6 +35,8 @@ def write_log_to(path: Path) -> logging.Handler:
     for name in _LOGGERS:
         if not _reaches(logging.getLogger(name), handler):
             logging.getLogger(name).addHandler(handler)
+    for name in _ALSO_SHOWN:
+        logging.getLogger(name).addHandler(_TERMINAL)
     return handler
 
 
@@ -49,4 +54,6 @@ def stop_log(handler: logging.Handler) -> None:
     logging.captureWarnings(False)
     for name in _LOGGERS:
         logging.getLogger(name).removeHandler(handler)
+    for name in _ALSO_SHOWN:
+        logging.getLogger(name).removeHandler(_TERMINAL)
     handler.close()

@@ -104,3 +104,10 @@ def test_the_output_projection_of_attention_is_refused() -> None:
     """Its weight is used directly, so an adapter there would never be asked."""
     with pytest.raises(Exception, match="uses the weight directly"):
         attach(encoder(), LoRA(target_modules=["out_proj"]))
+
+
+def test_a_choice_made_for_the_user_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    attach(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), LoRA(rank=2))
+    (record,) = [record for record in caplog.records if record.name == "peftlight"]
+    assert record.levelname == "WARNING"
+    assert "target_modules" in record.getMessage()

@@ -4,6 +4,7 @@ Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean W
 https://arxiv.org/abs/2106.09685
 """
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
 from peftlight.linear import is_linear, widths
 from peftlight.strategy import PEFTStrategy
-from peftlight.targets import check_patterns, matching, pattern_value, select
+from peftlight.targets import Selection, check_patterns, matching, pattern_value, select
 
 
 @dataclass
@@ -53,7 +54,10 @@ class LoRA(PEFTStrategy):
             raise UserError(f"LoRA's dropout is a share from 0 up to, not including, 1; got {self.dropout}.")
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
-        sites = self._sites(model)
+        selection = self._selection(model)
+        if selection.notice:
+            logging.getLogger("peftlight").warning(selection.notice)
+        sites = selection.modules
         check_patterns("rank_pattern", self.rank_pattern, sites)
         check_patterns("alpha_pattern", self.alpha_pattern, sites)
         for name, module in sites.items():
@@ -66,16 +70,15 @@ class LoRA(PEFTStrategy):
         if self.bias == "all":
             names += [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
         if self.bias == "lora_only":
-            sites = self._sites(model).items()
+            sites = self._selection(model).modules.items()
             names += [f"{name}.bias" for name, module in sites if getattr(module, "bias", None) is not None]
         return names
 
-    def _sites(self, model: nn.Module) -> dict[str, nn.Module]:
+    def _selection(self, model: nn.Module) -> Selection:
         whole = _trained_whole(model) + matching(model, self.modules_to_save)
-        selection = select(
+        return select(
             model, self.target_modules, _KINDS, exclude_modules=self.exclude_modules, layers=self.layers, skip=whole
         )
-        return selection.modules
 
 
 _KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
