@@ -21,7 +21,7 @@ ROOMS = {
     "strategy_spec": {"strategy", "strategies"},
     "pretrained": set(),
     "interop": {"strategy", "strategy_spec", "strategies", "delta", "linear", "targets"},
-    "report": {"strategy"},
+    "report": {"strategy", "delta"},
     "console": set(),
     "tasks": {"strategy", "strategy_spec", "pretrained"},
     "data": set(),

@@ -42,3 +42,8 @@ def _explain(path: Path, error: OSError) -> str:
     if error.errno in _NO_ROOM:
         return f"No room left to write {path}: {error.strerror}. {kept} Free some space or choose another folder."
     return f"Cannot write {path}: {error.strerror or error}. {kept}"
+
+
+def cache_folder(given: str | None = None) -> Path:
+    """Where converted models and tokenised data are kept: what is given, `$PEFTLIGHT_CACHE`, or ~/.cache/peftlight."""
+    return Path(given or os.environ.get("PEFTLIGHT_CACHE") or "~/.cache/peftlight").expanduser()

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from peftlight.errors import UserError, listed, nearest
+from peftlight.files import cache_folder
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 PACKAGE = "pypi:"
@@ -172,11 +173,6 @@ def _convert(gguf: Path, folder: Path) -> None:
             raise UserError(f"{gguf} could not be converted: {error}") from error
     finally:
         shutil.rmtree(half_done, ignore_errors=True)
-
-
-def cache_folder() -> Path:
-    """Where converted models and tokenised data are kept: `$PEFTLIGHT_CACHE`, else `~/.cache/peftlight`."""
-    return Path(os.environ.get("PEFTLIGHT_CACHE") or Path.home() / ".cache" / "peftlight")
 
 
 def _explain(name: str, how: str, error: Exception) -> str:

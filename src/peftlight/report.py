@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from torch import nn
 
+from peftlight.delta import CHILD
 from peftlight.strategy import Adapter
 
 
@@ -53,8 +54,9 @@ def table_of(adapter: Adapter) -> Table:
 
 def _place(adapter: Adapter, name: str) -> tuple[str, str]:
     """(module, how it is trained) of a parameter."""
-    if f".deltas.{adapter.name}." in f".{name}":
-        site = f".{name}".rpartition(f".deltas.{adapter.name}.")[0].lstrip(".")
+    site, mark, _ = f".{name}".rpartition(f".{CHILD}.{adapter.name}.")
+    if mark:
+        site = site.lstrip(".")
         return site, type(adapter.sites[site]).__name__
     module, _, leaf = name.rpartition(".")
     return module, leaf

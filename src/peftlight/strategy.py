@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from peftlight.delta import Delta, install, remove, unchanged_on_error
+from peftlight.delta import CHILD, Delta, install, remove, unchanged_on_error
 from peftlight.errors import UserError, listed
 from peftlight.targets import matching
 
@@ -188,6 +188,6 @@ def _owned(model: nn.Module, sites: Iterable[str], trained: Iterable[str], name:
     """Names in the model's state dict that belong to an adapter of that name."""
     whole = tuple(f"{module}." for module in trained if module)
     exact = set(trained)
-    prefixes = tuple(f"{site}.deltas.{name}." if site else f"deltas.{name}." for site in sites) + whole
+    prefixes = tuple(f"{site}.{CHILD}.{name}.".lstrip(".") for site in sites) + whole
     every = "" in exact
     return {key for key in model.state_dict() if every or key in exact or key.startswith(prefixes)}

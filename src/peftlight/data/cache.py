@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,6 @@ FORMAT = 1
 
 _ARRAYS = ("input_ids", "offsets", "lengths", "numbers", "files", "trained", "labels", "token_types")
 _METADATA = "peftlight"
-
-
-def cache_folder(given: str | None) -> Path:
-    """The folder given, or $PEFTLIGHT_CACHE, or ~/.cache/peftlight."""
-    return Path(given or os.environ.get("PEFTLIGHT_CACHE") or "~/.cache/peftlight").expanduser()
 
 
 def token_file(folder: Path, content: str, tokenizer: str, settings: Mapping[str, Any]) -> Path:

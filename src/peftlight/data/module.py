@@ -70,7 +70,7 @@ class TextData(LightningDataModule):
         self._check_fields()
         self._given_tokenizer = self.tokenizer
         self._prepared: Preparation | None = None
-        self.pad_id = 0
+        self._pad_id = 0
 
     def _check_fields(self) -> None:
         check_names(self.columns, self.column_names)
@@ -112,7 +112,7 @@ class TextData(LightningDataModule):
         """Load the stage's splits from the cache."""
         prepared = self._prepare(stage)
         self.tokenizer = prepared.tokenizer
-        self.pad_id = pad_id(self.tokenizer, self.pad_token)
+        self._pad_id = pad_id(self.tokenizer, self.pad_token)
         self._prepared = prepared
         for notice in prepared.notices:
             rank_zero_warn(notice)
@@ -150,7 +150,7 @@ class TextData(LightningDataModule):
             datasets[role],
             batch_size=self.batch_size,
             shuffle=role == "train",
-            collate_fn=Collator(self.pad_id, left),
+            collate_fn=Collator(self._pad_id, left),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from peftlight.data.cache import cache_folder, cached, token_file
+from peftlight.data.cache import cached, token_file
 from peftlight.data.encoder import Purpose
 from peftlight.data.sources import Split
 from peftlight.data.summary import Summary, summarize
 from peftlight.data.tokenizer import Tokenizer, identity
 from peftlight.data.tokens import TokenDataset, Tokens
 from peftlight.errors import UserError
+from peftlight.files import cache_folder
 
 if TYPE_CHECKING:
     from peftlight.data.module import TextData

@@ -66,7 +66,8 @@ class PEFTModule(LightningModule):
         self.adapter: Adapter | None = None
         self._window = LabelWindow(lambda value: self.trainer.strategy.reduce(value, reduce_op="sum"))
         self._last_step = 0
-        self._tokens, self._since = 0, time.monotonic()
+        self._tokens: Tensor | int = 0
+        self._since = time.monotonic()
         self.save_hyperparameters(self._plain_hyperparameters(), logger=False)
 
     # ---- what a task defines
@@ -78,6 +79,13 @@ class PEFTModule(LightningModule):
     def model_options(self) -> dict[str, Any]:
         """Options with which the base is loaded, the number of classes for example."""
         return {}
+
+    def evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+        """Count one batch of the stage ("val" or "test") in."""
+        raise NotImplementedError(f"{type(self).__name__} defines no evaluation")
+
+    def report(self, stage: str) -> None:
+        """Log the metrics of the whole stage, and start over."""
 
     def heads(self, model: nn.Module, new: Sequence[str]) -> list[str]:
         """Modules trained whole by default, given the names of the parameters that no file held."""
@@ -127,7 +135,8 @@ class PEFTModule(LightningModule):
 
     def forward(self, **inputs: Tensor) -> Any:
         """The base model's own output with the adapter active."""
-        self.configure_model()
+        if self.adapter is None:
+            self.configure_model()
         assert self.model is not None
         return self.model(**inputs)
 
@@ -170,7 +179,8 @@ class PEFTModule(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         loss_sum, labels = self.loss(batch)
-        self._tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
+        if "attention_mask" in batch:
+            self._tokens = self._tokens + batch["attention_mask"].sum()  # stays on the device: no waiting for it
         # The trainer divides by the first factor, the processes average over the second.
         return self._window.add(loss_sum, labels) * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
@@ -203,6 +213,18 @@ class PEFTModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self._tokens, self._since = 0, time.monotonic()  # validation between epochs is not training time
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self.evaluate("val", batch)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self.evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.report("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         try:

@@ -60,23 +60,11 @@ class CausalLM(PEFTModule):
         )  # fmt: skip
         return loss_sum, (labels != -100).sum()
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", batch)
-
-    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+    def evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         loss_sum, labels = self.loss(batch)
         self._mean(stage).update(loss_sum / labels.clamp(min=1), weight=labels)
 
-    def on_validation_epoch_end(self) -> None:
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._report("test")
-
-    def _report(self, stage: str) -> None:
+    def report(self, stage: str) -> None:
         mean = self._mean(stage)
         loss = mean.compute()
         mean.reset()

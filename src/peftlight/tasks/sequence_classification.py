@@ -99,12 +99,6 @@ class SequenceClassification(PEFTModule):
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return _summed(self.logits(batch), batch["labels"])
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", batch)
-
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: its id, the label, the label's probability, and all probabilities."""
         shares = self.logits(batch).float().softmax(-1)
@@ -138,7 +132,7 @@ class SequenceClassification(PEFTModule):
         assert isinstance(metrics, MetricCollection)
         return metrics
 
-    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+    def evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         logits, labels = self.logits(batch), batch["labels"]
         loss_sum, count = _summed(logits, labels)
         scored = labels >= 0
@@ -146,13 +140,7 @@ class SequenceClassification(PEFTModule):
             self._metrics_of(stage).update(logits.argmax(-1)[scored], labels[scored])
         self.log(f"{stage}_loss", loss_sum / count.clamp(min=1), batch_size=int(count), on_epoch=True, sync_dist=True)
 
-    def on_validation_epoch_end(self) -> None:
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._report("test")
-
-    def _report(self, stage: str) -> None:
+    def report(self, stage: str) -> None:
         metrics = self._metrics_of(stage)
         values = metrics.compute()
         metrics.reset()
