@@ -5,12 +5,12 @@ delta is its child `deltas.<adapter name>`; taking the last delta away leaves th
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftlight.errors import UserError
 
@@ -44,6 +44,25 @@ class Delta(nn.Module):
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         """The module's new output, from `base` (the forward beneath) and the module's inputs."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias with which the bare module computes what it computes with this delta.
+
+        Args:
+            weight: of a linear layer as (out, in), of others as stored; in float32 or float64.
+            bias: (out,), or None where the module has none.
+
+        Raises:
+            UserError: no weight does that; this is so unless a subclass says how.
+        """
+        raise UserError(f"{type(self).__name__} cannot be merged: no weight of the module computes the same.")
+
+    def finished(self) -> "Delta":
+        """A delta that computes the same without what only training needed; it is what gets saved."""
+        return self
+
+    def take_shapes(self, state: Mapping[str, Tensor]) -> None:
+        """Make room for saved tensors, named as in `state_dict()`, where the shapes depend on data."""
 
 
 class AdaptedForward:
@@ -112,6 +131,12 @@ def _container() -> nn.ModuleDict:
 
 def _never_called(module: nn.Module, inputs: Any) -> None:
     raise AssertionError("the container of the deltas has no forward")
+
+
+def beneath(module: nn.Module, name: str) -> list[str]:
+    """Names of the enabled deltas that lie between the module's own forward and the delta of that name."""
+    names = list(_deltas_of(module))
+    return [other for other in names[: names.index(name)] if _deltas_of(module)[other].enabled]
 
 
 def remove(module: nn.Module, name: str) -> Delta:

@@ -23,10 +23,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 import peftlight.strategies  # noqa: F401  # so that LoRA and the others are found by their short names
 from peftlight.callbacks import PredictionWriter, Progress, RunRecord
 from peftlight.config_errors.explain import explain
-from peftlight.data import TextData
+from peftlight.data import DataFamily
 from peftlight.errors import UserError
 from peftlight.tasks import PEFTModule
-from peftlight.tasks.base import DEFAULT_LEARNING_RATE
+from peftlight.tasks.optimizer import DEFAULT_LEARNING_RATE
 
 _DEFAULTS = {
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": DEFAULT_LEARNING_RATE}},
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> None:
     try:
         PeftlightCLI(
             PEFTModule,
-            TextData,
+            DataFamily,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,

@@ -1,6 +1,7 @@
-"""The one home of kinds of linear layer: which there are, and how wide they are."""
+"""The one home of kinds of linear layer: which there are, how wide they are, and how their weight lies in memory."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peftlight.errors import UserError
 
@@ -27,3 +28,21 @@ def widths(module: nn.Module) -> tuple[int, int]:
         inputs, outputs = module.get_parameter("weight").shape
         return inputs, outputs
     raise UserError(f"{type(module).__name__} is not a linear layer; expected nn.Linear or GPT-2's Conv1D.")
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out, in), detached; of an embedding or convolution as it is stored.
+
+    Raises:
+        UserError: the weight is stored quantized, so that it cannot be read as numbers.
+    """
+    weight = module.get_parameter("weight").detach()
+    if not weight.is_floating_point():
+        raise UserError(f"The weight of this {type(module).__name__} is quantized ({weight.dtype}).")
+    return weight.T if is_conv1d(module) else weight
+
+
+def write_weight(module: nn.Module, weight: Tensor) -> None:
+    """Copy a weight, laid out as `weight_of` gives it, into the module."""
+    with torch.no_grad():
+        module.get_parameter("weight").copy_(weight.T if is_conv1d(module) else weight)

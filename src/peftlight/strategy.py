@@ -1,15 +1,26 @@
 """What a strategy is, and what it leaves on a model: an adapter."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from peftlight.delta import CHILD, Delta, install, remove, unchanged_on_error
+from peftlight.delta import CHILD, Delta, beneath, install, remove, unchanged_on_error
 from peftlight.errors import UserError, listed
+from peftlight.linear import weight_of, write_weight
 from peftlight.targets import matching
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a strategy may look at before a training begins."""
+
+    batches: Callable[[], Iterable[Mapping[str, Tensor]]]
+    """Gives the model's inputs, batch after batch of training rows, anew at each call."""
+    token_ids: Callable[[str], list[int]]
+    """Gives the tokens of a text, without special ones."""
 
 
 class PEFTStrategy:
@@ -21,21 +32,45 @@ class PEFTStrategy:
 
     restorable: bool = True
     """Whether the base's values are kept while they are trained in place, so that `Adapter.remove` restores them."""
+    starts_unchanged: bool = True
+    """Whether the model computes the same right after `attach` as before."""
 
     def deltas(self, model: nn.Module) -> Iterable[tuple[str, Delta]]:
-        """Pairs (module name, delta) to install. The base is frozen when this is called."""
+        """Pairs (module name, delta) to install, one for each module. The base is frozen when this is called."""
         return ()
 
     def train(self, model: nn.Module) -> Iterable[str]:
         """Names of the base's modules (whole) and parameters that are trained in place; "" is the whole model."""
         return ()
 
+    def prepare(self, adapter: "Adapter", material: Material) -> None:
+        """Called once before a training that starts anew, to initialise from data; not when one is resumed."""
+
+    def learning_rates(self, adapter: "Adapter") -> Mapping[str, float]:
+        """Factors on the optimizer's learning rate by the parameter's name in the model; the others have 1."""
+        return {}
+
     def penalty(self, adapter: "Adapter") -> Tensor | None:
         """A scalar added to the task loss, or None. Its gradient is taken once for each optimizer step."""
         return None
 
+    def check_steps(self, last_step: int) -> None:
+        """Called before the first step of a training of `last_step` optimizer steps.
+
+        Raises:
+            UserError: what the strategy plans does not fit into them.
+        """
+
     def after_step(self, adapter: "Adapter", step: int, last_step: int) -> None:
         """Called after optimizer step number `step` (1 to `last_step`), while the gradients are still there."""
+
+    def figures(self, adapter: "Adapter") -> Mapping[str, float]:
+        """Numbers to log after an optimizer step, by name; ranks, for example."""
+        return {}
+
+    def finished(self, adapter: "Adapter") -> "PEFTStrategy":
+        """The recipe of what is saved, if that is simpler than what was trained; see `Delta.finished`."""
+        return self
 
 
 @dataclass(eq=False)
@@ -51,6 +86,8 @@ class Adapter:
     """Names of the base's modules and parameters trained in place."""
     originals: dict[str, Tensor] = field(default_factory=dict)
     """The values that `trained` had before, where the strategy is restorable."""
+    merged: dict[str, Tensor] = field(default_factory=dict)
+    """The values, before `merge`, of what it wrote."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this adapter trains, by its name in the model."""
@@ -58,9 +95,18 @@ class Adapter:
         return {name: p for name, p in self.model.named_parameters() if name in owned}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that must be saved, detached: the parameters, and the buffers of what is trained whole."""
-        owned = self._own_names()
-        return {name: value.detach() for name, value in self.model.state_dict().items() if name in owned}
+        """All that must be kept, detached: parameters and buffers by their names in the model, shared ones once."""
+        base, first = self.model.state_dict(keep_vars=True), _first_names(self.model)
+        owned = _owned(base, [], self.trained, self.name)
+        kept = {name: value for name, value in base.items() if name in owned}
+        kept = {first[id(value)]: value for value in kept.values()}
+        seen = set()
+        for site, delta in self.sites.items():
+            for key, value in delta.state_dict(keep_vars=True).items():
+                if id(value) not in seen:
+                    kept[self._prefix(site) + key] = value
+                seen.add(id(value))
+        return {name: value.detach() for name, value in kept.items()}
 
     def load_state(self, state: Mapping[str, Tensor], origin: str = "the state") -> None:
         """Copy `state` into the model.
@@ -68,6 +114,9 @@ class Adapter:
         Raises:
             UserError: a key is missing, unexpected or of another shape; nothing has been copied then.
         """
+        for site, delta in self.sites.items():
+            prefix = self._prefix(site)
+            delta.take_shapes({key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})
         own = self.state()
         wrong = [f"{key} has shape {tuple(state[key].shape)} in {origin}, {tuple(own[key].shape)} in the model"
                  for key in own.keys() & state.keys() if own[key].shape != state[key].shape]  # fmt: skip
@@ -81,13 +130,61 @@ class Adapter:
             for key, value in own.items():
                 value.copy_(state[key])
 
+    def finished(self) -> "Adapter":
+        """This adapter as it is saved, without what only training needed; a view that leaves the model as it is."""
+        strategy = self.strategy.finished(self)
+        return replace(self, strategy=strategy, sites={site: delta.finished() for site, delta in self.sites.items()})
+
+    def merge(self) -> None:
+        """Fold the deltas into the weights of their modules, so that they cost nothing; `unmerge` takes it back.
+
+        Raises:
+            UserError: a delta cannot be folded, its weight is shared with another module, or it lies above the delta
+                of another adapter; nothing has been merged then.
+        """
+        if self.merged:
+            raise UserError(f"The adapter {self.name!r} is merged already.")
+        folded = {site: self._folded(site) for site in self.sites}
+        for site, (weight, bias) in folded.items():
+            module = self.model.get_submodule(site)
+            own = {f"{site}.weight".lstrip("."): module.get_parameter("weight")}
+            if bias is not None:
+                own[f"{site}.bias".lstrip(".")] = module.get_parameter("bias")
+            self.merged |= {name: parameter.detach().clone() for name, parameter in own.items()}
+            write_weight(module, weight)
+            if bias is not None:
+                module.get_parameter("bias").data.copy_(bias)
+            self.sites[site].enabled = False
+
+    def unmerge(self) -> None:
+        """Restore the weights that `merge` wrote bit for bit, and compute through the deltas again."""
+        self._put(self.merged)
+        self.merged = {}
+        for delta in self.sites.values():
+            delta.enabled = True
+
+    def _folded(self, site: str) -> tuple[Tensor, Tensor | None]:
+        module, where = self.model.get_submodule(site), f"The adapter {self.name!r} cannot be merged at {site!r}: "
+        if below := beneath(module, self.name):
+            raise UserError(f"{where}{listed(below)} lies beneath it; merge that one first.")
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            raise UserError(f"{where}this {type(module).__name__} has no weight to fold into.")
+        names = [name for name, p in self.model.named_parameters(remove_duplicate=False) if p is weight]
+        if len(names) > 1:
+            raise UserError(f"{where}its weight is shared by {listed(names)}, which would change too.")
+        bias = module.get_parameter("bias").detach() if getattr(module, "bias", None) is not None else None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with torch.no_grad():
+            return self.sites[site].fold(weight_of(module).to(dtype), None if bias is None else bias.to(dtype))
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model computes as it did before `attach`."""
         if not self.strategy.restorable:
             raise UserError(f"{type(self.strategy).__name__} trains the base itself, which is not kept beside it.")
         kept, flags = self._values_of_originals(), [(delta, delta.enabled) for delta in self.sites.values()]
-        self._put(self.originals)
+        self._put({**self.merged, **self.originals})
         for delta, _ in flags:
             delta.enabled = False
         try:
@@ -107,23 +204,21 @@ class Adapter:
         self._put(originals)
         for parameter in self.parameters().values():
             parameter.requires_grad_(False)
-        self.trained, self.originals = [], {}
+        self.trained, self.originals, self.merged = [], {}, {}
 
     def _values_of_originals(self) -> dict[str, Tensor]:
         own = self._tensors()
-        return {name: own[name].detach().clone() for name in self.originals}
+        return {name: own[name].detach().clone() for name in {**self.merged, **self.originals}}
+
+    def _prefix(self, site: str) -> str:
+        """What the names of a site's tensors begin with in the model."""
+        return f"{site}.{CHILD}.{self.name}.".lstrip(".")
 
     def _own_names(self) -> set[str]:
         """The names of what belongs to this adapter; of a tied parameter's names, the first."""
-        owned = _owned(self.model, self.sites, self.trained, self.name)
-        tensors = [
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        ]
-        first: dict[int, str] = {}
-        for name, tensor in tensors:
-            first.setdefault(id(tensor), name)
-        return {first[id(tensor)] for name, tensor in tensors if name in owned}
+        names = dict(self._named(remove_duplicate=False))
+        first = _first_names(self.model)
+        return {first[id(names[name])] for name in _owned(names, self.sites, self.trained, self.name)}
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
         own = self._tensors()
@@ -135,7 +230,11 @@ class Adapter:
                 tensor.copy_(value)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return dict(self._named())
+
+    def _named(self, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.named_parameters(remove_duplicate=remove_duplicate)
+        yield from self.model.named_buffers(remove_duplicate=remove_duplicate)
 
 
 def attach(
@@ -184,10 +283,19 @@ def _placed(delta: Delta, module: nn.Module) -> Delta:
     return delta.to(beside.device, torch.float64 if beside.dtype == torch.float64 else torch.float32)
 
 
-def _owned(model: nn.Module, sites: Iterable[str], trained: Iterable[str], name: str) -> set[str]:
-    """Names in the model's state dict that belong to an adapter of that name."""
+def _first_names(model: nn.Module) -> dict[int, str]:
+    """Of each parameter and buffer, by identity, the first name that it has in the model."""
+    first: dict[int, str] = {}
+    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in named:
+            first.setdefault(id(tensor), name)
+    return first
+
+
+def _owned(names: Iterable[str], sites: Iterable[str], trained: Iterable[str], name: str) -> set[str]:
+    """Those of the names that belong to an adapter of that name."""
     whole = tuple(f"{module}." for module in trained if module)
     exact = set(trained)
     prefixes = tuple(f"{site}.{CHILD}.{name}.".lstrip(".") for site in sites) + whole
     every = "" in exact
-    return {key for key in model.state_dict() if every or key in exact or key.startswith(prefixes)}
+    return {key for key in names if every or key in exact or key.startswith(prefixes)}

@@ -71,7 +71,7 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     Raises:
         UserError: a name matches no module.
     """
-    names = [name for name, _ in _own_modules(model)]
+    names = [name for name, _ in own_modules(model)]
     found: set[str] = set()
     for pattern in patterns:
         hits = _named(names, pattern)
@@ -114,10 +114,10 @@ class _Scene:
     ) -> None:
         self.model = model
         self.kinds = kinds
-        self.modules = dict(_own_modules(model))
+        self.modules = dict(own_modules(model))
         self.skip = set(skip)
         self.excluded: set[str] = set()
-        self.heads = _heads(model)
+        self.heads = heads_of(model)
         for entry in exclude:
             hits = _named(self.modules, entry)
             if not hits:
@@ -264,7 +264,7 @@ def _architecture(model: nn.Module) -> tuple[str, Architecture | None, set[str]]
 
 def _of_type(model: nn.Module, model_type: str) -> set[str]:
     found: set[str] = set()
-    for name, module in _own_modules(model):
+    for name, module in own_modules(model):
         own_type = getattr(getattr(module, "config", None), "model_type", None)
         if own_type == model_type and not _inside(name, found):
             found.add(name)
@@ -277,7 +277,7 @@ def _by_structure(scene: _Scene, preset: str | None) -> _Wanted:
     names, what = [name for name in linear if _in_attention(scene, name)], "the linear layers in attention blocks"
     if preset == "attention+mlp":
         attention = set(names)
-        names = [name for name in linear if name in attention or (_layer(name) and "router" not in name)]
+        names = [name for name in linear if name in attention or (place_of(name) and "router" not in name)]
         what = "the linear layers in its blocks"
     elif preset is None and not names:
         names, what = linear, "all linear layers except the head"
@@ -307,11 +307,11 @@ def _in_attention(scene: _Scene, name: str) -> bool:
 
 def _in_layers(scene: _Scene, names: Collection[str], layers: str | list[int]) -> set[str]:
     """Those of the names that lie in the layers asked for, counted in each stack by itself."""
-    placed = {name: place for name in names if (place := _layer(name))}
+    placed = {name: place for name in names if (place := place_of(name))}
     if not placed:
         raise UserError(f"layers: {layers!r} was given, but what target_modules selects lies in no numbered layer.")
     stacks = dict.fromkeys((stack for stack, _ in placed.values()), 0)
-    for stack, index in filter(None, map(_layer, scene.modules)):
+    for stack, index in filter(None, map(place_of, scene.modules)):
         if stack in stacks:
             stacks[stack] = max(stacks[stack], index + 1)
     longest = max(stacks.values())
@@ -346,14 +346,14 @@ def _numbers(layers: str | list[int], count: int, has: str) -> Sequence[int]:
     )
 
 
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules below the model, without those that adapters brought along."""
     for name, module in model.named_modules():
         if name and "deltas" not in name.split("."):
             yield name, module
 
 
-def _heads(model: nn.Module) -> set[str]:
+def heads_of(model: nn.Module) -> set[str]:
     """Paths of the output embedding and of what stands outside the backbone, where the model has one."""
     output_embedding = getattr(model, "get_output_embeddings", lambda: None)()
     heads = {name for name, module in model.named_modules() if module is output_embedding}
@@ -375,7 +375,7 @@ def _inside(name: str, paths: Collection[str]) -> bool:
     return bool(name)
 
 
-def _layer(name: str) -> tuple[str, int] | None:
+def place_of(name: str) -> tuple[str, int] | None:
     """The stack that a path goes through and the number of its layer in it, or None."""
     parts = name.split(".")
     place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)

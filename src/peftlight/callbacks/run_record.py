@@ -72,8 +72,13 @@ class RunRecord(Callback):
         self.record["training_seconds"] = round(time.monotonic() - self._training_since, 2)  # up to the last batch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and isinstance(pl_module, PEFTModule) and not getattr(trainer, "fast_dev_run", 0):
-            assert pl_module.adapter is not None
+        if not trainer.is_global_zero or not isinstance(pl_module, PEFTModule):
+            return
+        assert pl_module.adapter is not None
+        verdict = pl_module.audit()
+        say(str(verdict))
+        self.record["audit"] = {**_plain(verdict), "trained": [_plain(tensor) for tensor in verdict.trained]}
+        if not getattr(trainer, "fast_dev_run", 0):
             save_adapter(pl_module.adapter, self.folder / "adapter")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

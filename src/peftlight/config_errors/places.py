@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from peftlight.config_errors.given import Given, Path, class_given
-from peftlight.data import TextData
+from peftlight.data import DataFamily
 from peftlight.tasks import PEFTModule
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 _TOP = {
     "model": PEFTModule,
-    "data": TextData,
+    "data": DataFamily,
     "trainer": dict,
     "optimizer": Optimizer,
     "lr_scheduler": LRScheduler | ReduceLROnPlateau,

@@ -1,6 +1,7 @@
 """LightningDataModules for text: read, checked, rendered, masked, tokenized once, batched."""
 
 from peftlight.data.classification import SST2, TextClassification
+from peftlight.data.family import DataFamily
 from peftlight.data.instructions import Alpaca, Instructions
 from peftlight.data.messages import Messages
 from peftlight.data.module import TextData
@@ -10,6 +11,7 @@ from peftlight.data.summary import Summary
 __all__ = [
     "SST2",
     "Alpaca",
+    "DataFamily",
     "EnglishQuotes",
     "Instructions",
     "Messages",

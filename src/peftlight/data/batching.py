@@ -28,6 +28,8 @@ class Collator:
         }
         if "labels" in items[0]:
             batch["labels"] = self._labels(items)
+        if "words" in items[0]:
+            batch["words"] = self._padded([item["words"] for item in items], IGNORED)
         if "token_type_ids" in items[0]:
             batch["token_type_ids"] = self._padded([item["token_type_ids"] for item in items], 0)
         return batch

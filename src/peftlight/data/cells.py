@@ -34,6 +34,15 @@ def required_column(table: Table, ours: str, expected: Sequence[str], columns: M
     return theirs
 
 
+def without_column(tables: Sequence[Table], ours: str, columns: Mapping[str, str]) -> str:
+    """Why the rows have no answers, when a table has no column for our name; empty if all have."""
+    for table in tables:
+        if column_of(table, ours, columns) is None:
+            found = f"{table.name} has no column {columns.get(ours, ours)!r} among {listed(table.columns)}"
+            return f"{found}; if another one holds it, name it: columns: {{{ours}: ...}}"
+    return ""
+
+
 def _meant(ours: str, columns: Mapping[str, str]) -> str:
     return f"{columns[ours]!r} (columns maps {ours} to it)" if ours in columns else repr(ours)
 
@@ -50,7 +59,7 @@ def _mapping(table: Table, expected: Sequence[str], columns: Mapping[str, str]) 
     return f"Name the columns to use, for example: columns: {{{line}}}"
 
 
-def filled_cells(table: Table, column: str) -> list[object]:
+def filled_cells(table: Table, column: str) -> Sequence[object]:
     """The cells of a column, none of them missing or null."""
     cells = table.cells(column)
     for index, cell in enumerate(cells):

@@ -1,19 +1,18 @@
 """Texts, or pairs of texts, with a class each."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
-
-import numpy as np
+from typing import ClassVar
 
 from peftlight.data.cells import column_of, required_column, text_cells
 from peftlight.data.encoder import Encoder, Purpose, Row
-from peftlight.data.labels import all_unknown, label_cells, label_indices, names_of
+from peftlight.data.framing import Texts, framed
+from peftlight.data.framing import framed
+from peftlight.data.labels import chosen_names, labels_of, unlabelled
 from peftlight.data.module import TextData
 from peftlight.data.table import Table
 from peftlight.data.tokenizer import Tokenizer
 from peftlight.data.tokens import EncodedRow, Tokens
-from peftlight.errors import UserError
 
 _EXPECTED = ("text", "label")
 
@@ -36,11 +35,7 @@ class TextClassification(TextData):
 
     def find_label_names(self, train: Callable[[], Tokens]) -> list[str] | None:
         """The labels in order; `train` gives the training split where they have to be found."""
-        if self.labels is None:
-            return train().label_names
-        if len(set(self.labels)) < max(2, len(self.labels)):
-            raise UserError(f"labels must be at least two different names; found {self.labels}.")
-        return list(self.labels)
+        return train().label_names if self.labels is None else checked_names(self.labels)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -51,11 +46,6 @@ class SST2(TextClassification):
     columns: dict[str, str] = field(default_factory=lambda: {"text": "sentence"})
     labels: list[str] | None = field(default_factory=lambda: ["negative", "positive"])
     max_length: int = 128
-
-
-class _Texts(NamedTuple):
-    text: str
-    pair: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,57 +62,23 @@ class ClassEncoder(Encoder):
                 required_column(table, "text_pair", (*_EXPECTED, "text_pair"), self.columns)
         if self.purpose == "predict" or (self.purpose == "test" and self.unlabelled(tables)):
             return super().encode(tables, tokenizer)
-        cells = [label_cells(table, required_column(table, "label", _EXPECTED, self.columns)) for table in tables]
-        names = list(self.names) if self.names else names_of(tables, cells)
-        labels = [label_indices(table, part, names) for table, part in zip(tables, cells, strict=True)]
-        return replace(super().encode(tables, tokenizer), labels=np.concatenate(labels), label_names=names)
+        labels, names = labels_of(tables, _EXPECTED, self.columns, self.names)
+        return replace(super().encode(tables, tokenizer), labels=labels, label_names=names)
 
     def unlabelled(self, tables: Sequence[Table]) -> str:
         """Why there are no labels; empty if there are."""
-        reason = self.without_column(tables, "label")
-        if reason:
-            return reason
-        cells = [label_cells(table, required_column(table, "label", _EXPECTED, self.columns)) for table in tables]
-        unknown = all(all_unknown(part) for part in cells) and "-1" not in (self.names or ())
-        return f"every label in {tables[0].name} is -1, which means unknown" if unknown else ""
+        return unlabelled(tables, _EXPECTED, self.columns, self.names)
 
-    def rows(self, table: Table) -> list[_Texts]:
+    def rows(self, table: Table) -> list[Texts]:
         """The text or texts of each row."""
         expected = ("text",) if self.purpose == "predict" else _EXPECTED
         texts = text_cells(table, required_column(table, "text", expected, self.columns))
         if "text_pair" not in self.columns and not column_of(table, "text_pair", self.columns):
-            return [_Texts(text, None) for text in texts]
+            return [Texts(text) for text in texts]
         pair_column = required_column(table, "text_pair", (*expected, "text_pair"), self.columns)
-        return [_Texts(*pair) for pair in zip(texts, text_cells(table, pair_column), strict=True)]
+        return [Texts(*pair) for pair in zip(texts, text_cells(table, pair_column), strict=True)]
 
     def tokenize(self, rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[EncodedRow]:
-        """The tokens of each row; what is too long is tokenized again with the tokenizer's own way to cut."""
-        whole = self._call([row.values for row in rows], tokenizer, cut=False)
-        lengths = [len(ids) for ids, _ in whole]
-        long = [index for index, length in enumerate(lengths) if length > self.max_length]
-        if long:
-            short = self._call([rows[index].values for index in long], tokenizer, cut=True)
-            for index, row in zip(long, short, strict=True):
-                whole[index] = row
-        for (ids, types), length in zip(whole, lengths, strict=True):
-            yield EncodedRow(ids, length, token_types=types)
-
-    def _call(
-        self, texts: Sequence[_Texts], tokenizer: Tokenizer, cut: bool
-    ) -> list[tuple[list[int], list[int] | None]]:
-        paired = texts[0].pair is not None
-        special = tokenizer.num_special_tokens_to_add(pair=paired)
-        if cut and self.max_length <= special + paired:
-            raise UserError(f"max_length={self.max_length} leaves no room for text beside {special} special tokens.")
-        typed = paired and "token_type_ids" in tokenizer.model_input_names
-        encoded = tokenizer(
-            [row.text for row in texts],
-            [row.pair for row in texts] if paired else None,
-            truncation=cut,
-            max_length=self.max_length if cut else None,
-            return_token_type_ids=typed,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        types = encoded["token_type_ids"] if typed else [None] * len(texts)
-        return list(zip(encoded["input_ids"], types, strict=True))
+        """The tokens of each row."""
+        for row in framed([row.values for row in rows], tokenizer, self.max_length):
+            yield EncodedRow(row.ids, row.length, token_types=row.types)

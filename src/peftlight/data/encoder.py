@@ -4,19 +4,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_only
-
-from peftlight.data.cells import column_of
+from peftlight.data.bar import with_bar
+from peftlight.data.cells import without_column
 from peftlight.data.table import Table
 from peftlight.data.tokenizer import Tokenizer
 from peftlight.data.tokens import EncodedRow, TokenBuilder, Tokens
-from peftlight.errors import listed
 
 Purpose = Literal["train", "test", "predict"]
 """Train: every row needs its answer. Test: they may all be absent. Predict: rows without their answers."""
 
 _BATCH = 1000
-_WORTH_A_BAR = 2000
 
 
 class Row(NamedTuple):
@@ -57,7 +54,7 @@ class Encoder:
         rows = [Row(values, table, index) for table in tables for index, values in enumerate(self.rows(table))]
         builder = TokenBuilder()
         batches = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
-        for batch in _with_bar(batches, len(rows), tables[0].name):
+        for batch in with_bar(batches, len(rows), f"Tokenizing {tables[0].name}"):
             for encoded in self.tokenize(batch, tokenizer):
                 builder.add(encoded)
         numbers = [number for table in tables for number in table.numbers]
@@ -69,11 +66,7 @@ class Encoder:
 
     def without_column(self, tables: Sequence[Table], ours: str) -> str:
         """The reason of `unlabelled` when a table has no such column."""
-        for table in tables:
-            if column_of(table, ours, self.columns) is None:
-                found = f"{table.name} has no column {self.columns.get(ours, ours)!r} among {listed(table.columns)}"
-                return f"{found}; if another one holds it, name it: columns: {{{ours}: ...}}"
-        return ""
+        return without_column(tables, ours, self.columns)
 
     def rows(self, table: Table) -> Sequence[Any]:
         """What `tokenize` needs of each row, checked."""
@@ -82,12 +75,3 @@ class Encoder:
     def tokenize(self, rows: Sequence[Row], tokenizer: Tokenizer) -> Iterable[EncodedRow]:
         """The tokens of each of some rows."""
         raise NotImplementedError
-
-
-def _with_bar(batches: list[list[Row]], rows: int, name: str) -> Iterable[list[Row]]:
-    if rows <= _WORTH_A_BAR or getattr(rank_zero_only, "rank", 0) != 0:
-        return batches
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(batches, description=f"Tokenizing {name}", console=Console(stderr=True), transient=True)

@@ -1,17 +1,63 @@
 """Class labels: their names in order, and the index of each row's label."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from peftlight.data.cells import filled_cells, shown
+from peftlight.data.cells import filled_cells, required_column, shown, without_column
 from peftlight.data.table import Table
 from peftlight.errors import UserError, listed, nearest
 
 _INTEGER = re.compile(r"-?\d+")
 _UNKNOWN = -1
+
+
+def chosen_names(labels: Sequence[str] | None, train: Callable[[], Any]) -> list[str] | None:
+    """The names in order: those given, or those of the training split, which `train` gives."""
+    if labels is None:
+        found: list[str] | None = train().label_names
+        return found
+    if len(set(labels)) < max(2, len(labels)):
+        raise UserError(f"labels must be at least two different names; found {list(labels)}.")
+    return list(labels)
+
+
+def labels_of(
+    tables: Sequence[Table], expected: Sequence[str], columns: Mapping[str, str], names: Sequence[str] | None
+) -> tuple[NDArray[np.int32], list[str]]:
+    """The index of every row's label, and the names that are counted: those given, or those found in the rows."""
+    cells = _cells_of(tables, expected, columns)
+    known = list(names) if names else names_of(tables, cells)
+    return np.concatenate([label_indices(*part, known) for part in zip(tables, cells, strict=True)]), known
+
+
+def unlabelled(
+    tables: Sequence[Table], expected: Sequence[str], columns: Mapping[str, str], names: Sequence[str] | None
+) -> str:
+    """Why the rows have no labels; empty if they have."""
+    reason = without_column(tables, "label", columns)
+    if reason:
+        return reason
+    unknown = all(all_unknown(part) for part in _cells_of(tables, expected, columns)) and "-1" not in (names or ())
+    return f"every label in {tables[0].name} is -1, which means unknown" if unknown else ""
+
+
+def _cells_of(tables: Sequence[Table], expected: Sequence[str], columns: Mapping[str, str]) -> list[list[int | str]]:
+    return [label_cells(table, required_column(table, "label", expected, columns)) for table in tables]
+
+
+def checked_names(names: Sequence[str]) -> list[str]:
+    """The label names that the user gave in order.
+
+    Raises:
+        UserError: they are fewer than two, or not all different.
+    """
+    if len(set(names)) < max(2, len(names)):
+        raise UserError(f"labels must be at least two different names; found {list(names)}.")
+    return list(names)
 
 
 def label_cells(table: Table, column: str) -> list[int | str]:

@@ -1,162 +1,55 @@
-"""The LightningDataModule of all text families: fields, stages and loaders."""
+"""The LightningDataModule of all text families: tokens, padding and their fields."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
-
 from peftlight.data.batching import Collator
-from peftlight.data.cells import check_names
 from peftlight.data.encoder import Encoder, Purpose
-from peftlight.data.preparing import Preparation
+from peftlight.data.family import DataFamily
 from peftlight.data.sources import find_splits
-from peftlight.data.summary import Summary
 from peftlight.data.tokenizer import load_tokenizer, pad_id
-from peftlight.data.tokens import Tokens
-from peftlight.errors import UserError
-
-_GIVE = {
-    "train": "Give training rows: --data.source FILE",
-    "validation": "Give --data.validation_source FILE, or a source with a training split to set rows aside from",
-    "test": "Give --data.test_source FILE",
-    "predict": "Give --data.predict_source FILE",
-}
+from peftlight.data.tokenizing import TextPreparation
 
 
 @dataclass(eq=False, kw_only=True)
-class TextData(LightningDataModule):
+class TextData(DataFamily):
     """Text from a file, a folder or the hub, tokenized once and kept; a family of data says how rows become tokens."""
 
-    column_names: ClassVar[tuple[str, ...]] = ()
+    least: ClassVar[dict[str, int]] = {"max_length": 2, **DataFamily.least, "max_empty": 0}
 
-    source: str
-    """A file (json, jsonl, csv, tsv, parquet), a folder or glob of files ending in train/validation/test, a data set of
-    the Hugging Face hub, or a sample that is built in, as sample:NAME."""
-    subset: str | None = None
-    """The hub data set's configuration, where it has several."""
-    validation_source: str | None = None
-    """A file of its own for validation."""
-    test_source: str | None = None
-    """A file of its own for testing."""
-    predict_source: str | None = None
-    """A file of its own to predict; otherwise the test split, or else the validation split."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Our name of a column to the file's, like {text: review, label: stars}."""
     tokenizer: Any = None
     """Name or folder of the tokenizer; by default that of the model."""
     pad_token: str | None = None
     """The padding token, for tokenizers that have none."""
     max_length: int = 512
     """Longer rows are cut to this many tokens."""
-    batch_size: int = 8
-    """Rows per batch and device."""
-    validation_size: int | float = 0.05
-    """Rows, or share of rows, that are set aside for validation when there is no validation split."""
-    split_seed: int = 42
-    """Chooses those rows; other random numbers do not change them."""
-    num_workers: int = 0
-    """Processes that prepare batches; 0 is the main process."""
-    cache_dir: str | None = None
-    """Folder for tokenized data; by default $PEFTLIGHT_CACHE or ~/.cache/peftlight."""
     max_empty: float = 0.05
     """The run stops if a larger share of rows than this has no label tokens."""
 
     def __post_init__(self) -> None:
-        super().__init__()
-        self._check_fields()
+        super().__post_init__()
         self._given_tokenizer = self.tokenizer
-        self._prepared: Preparation | None = None
         self._pad_id = 0
-
-    def _check_fields(self) -> None:
-        check_names(self.columns, self.column_names)
-        for name, least in (("max_length", 2), ("batch_size", 1), ("num_workers", 0), ("max_empty", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}; it is {getattr(self, name)}.")
-        if self.validation_size <= 0 or (isinstance(self.validation_size, float) and self.validation_size >= 1):
-            expected = "a share between 0 and 1 or a number of rows"
-            raise UserError(f"validation_size must be {expected}; it is {self.validation_size}.")
 
     def encoder(self, purpose: Purpose, label_names: Sequence[str] | None) -> Encoder:
         """How rows become tokens: the one thing a family has to say."""
         raise NotImplementedError
 
-    def find_label_names(self, train: Callable[[], Tokens]) -> list[str] | None:
-        """The names of the classes, where a family has classes; `train` gives the training split's tokens."""
-        return None
-
-    @property
-    def label_names(self) -> list[str] | None:
-        """The names of the classes in order; None for language modelling. Known after `setup`."""
-        return self._ready().label_names
-
-    @property
-    def fingerprint(self) -> str:
-        """The sha256 over the content of all splits in use. Known after `setup`."""
-        return self._ready().fingerprint
-
-    @property
-    def summaries(self) -> dict[str, Summary]:
-        """What became of the rows of each split in use. Known after `setup`."""
-        return self._ready().summaries
-
-    def prepare_data(self) -> None:
-        """Tokenize what is not in the cache yet. Lightning calls it in one process per machine."""
-        self._prepare(str(self.trainer.state.fn.value) if self.trainer and self.trainer.state.fn else None)
+    def prepare(self, stage: str | None) -> TextPreparation:
+        """The stage's splits as tokens."""
+        tokenizer = load_tokenizer(self._given_tokenizer, self.trainer and self.trainer.lightning_module)
+        pad_id(tokenizer, self.pad_token)
+        return TextPreparation(self, find_splits(self.source, self.subset, self.other_sources()), tokenizer, stage)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the stage's splits from the cache."""
-        prepared = self._prepare(stage)
+        super().setup(stage)
+        prepared = self._ready()
+        assert isinstance(prepared, TextPreparation)
         self.tokenizer = prepared.tokenizer
         self._pad_id = pad_id(self.tokenizer, self.pad_token)
-        self._prepared = prepared
-        for notice in prepared.notices:
-            rank_zero_warn(notice)
-        for role, summary in prepared.summaries.items():
-            rank_zero_info(f"{role}: {summary}")
 
-    def _prepare(self, stage: str | None) -> Preparation:
-        tokenizer = load_tokenizer(self._given_tokenizer, self.trainer and self.trainer.lightning_module)
-        pad_id(tokenizer, self.pad_token)
-        others = {"validation": self.validation_source, "test": self.test_source, "predict": self.predict_source}
-        return Preparation(self, find_splits(self.source, self.subset, others), tokenizer, stage)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """The training rows in random order."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The validation rows."""
-        return self._loader("validation")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test rows, or the validation rows where those have no labels."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The rows to predict, without their answers; padded at the left if they are prompts."""
-        return self._loader("predict")
-
-    def _loader(self, role: str) -> DataLoader[Any]:
-        datasets = self._ready().datasets
-        if role not in datasets:
-            raise UserError(f"{self.source} has no {role} split. {_GIVE[role]}")
-        left = role == "predict" and self.encoder("predict", None).left_padded
-        return DataLoader(
-            datasets[role],
-            batch_size=self.batch_size,
-            shuffle=role == "train",
-            collate_fn=Collator(self._pad_id, left),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def _ready(self) -> Preparation:
-        if self._prepared is None:
-            raise UserError("The data is not set up yet: call setup(stage) first, or let the Trainer do it.")
-        return self._prepared
+    def collator(self, role: str) -> Collator:
+        """Pads rows to the longest of the batch."""
+        return Collator(self._pad_id, left=role == "predict" and self.encoder("predict", None).left_padded)

@@ -1,24 +1,20 @@
-"""The data sets that a stage of the Trainer needs: splits, tokens through the cache, and checks on them."""
+"""The data sets that a stage of the Trainer needs: which split serves which role, and which rows are set aside."""
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
-from peftlight.data.cache import cached, token_file
 from peftlight.data.encoder import Purpose
 from peftlight.data.sources import Split
-from peftlight.data.summary import Summary, summarize
-from peftlight.data.tokenizer import Tokenizer, identity
-from peftlight.data.tokens import TokenDataset, Tokens
+from peftlight.data.summary import RowCounts
 from peftlight.errors import UserError
-from peftlight.files import cache_folder
 
 if TYPE_CHECKING:
-    from peftlight.data.module import TextData
+    from peftlight.data.family import DataFamily
 
 ROLES: dict[str | None, tuple[str, ...]] = {
     "fit": ("train", "validation"),
@@ -30,43 +26,81 @@ ROLES: dict[str | None, tuple[str, ...]] = {
 """What each stage of the Trainer reads; None is all of them."""
 
 
-class Preparation:
+class Content(Protocol):
+    """All rows of a split, checked."""
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The names of the classes; None where there are none."""
+
+    @property
+    def unlabelled(self) -> str:
+        """Why the rows have no labels; empty if they have, or if none were asked for."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    def kept(self) -> NDArray[np.bool_]:
+        """Per row: whether it has something to learn from or to predict."""
+
+
+C = TypeVar("C", bound=Content)
+
+
+class Preparation(Generic[C]):
     """The data sets of one stage by role, and an account of what went into them."""
 
-    def __init__(self, data: "TextData", splits: Mapping[str, Split], tokenizer: Tokenizer, stage: str | None) -> None:
+    def __init__(self, data: "DataFamily", splits: Mapping[str, Split], stage: str | None) -> None:
         self.data = data
         self.splits = splits
-        self.tokenizer = tokenizer
-        self.datasets: dict[str, TokenDataset] = {}
-        self.summaries: dict[str, Summary] = {}
+        self.datasets: dict[str, Dataset[Any]] = {}
+        self.summaries: dict[str, RowCounts] = {}
         self.notices: list[str] = []
-        self._identity = identity(tokenizer)
-        self._folder = cache_folder(data.cache_dir)
-        self._tokens_of: dict[tuple[str, Purpose], Tokens] = {}
+        self._contents: dict[tuple[str, Purpose], C] = {}
         self._digests: dict[str, str] = {}
         self._used: list[str] = []
         self.label_names: list[str] | None = None
-        self.label_names = data.find_label_names(self._train_tokens)
+        self.label_names = data.find_label_names(self._train_content)
         for role in ROLES[stage]:
             self._add(role)
         self.fingerprint = hashlib.sha256("\n".join(sorted(self._used)).encode()).hexdigest()
+
+    # ---- what a kind of data defines
+
+    def read(self, name: str, purpose: Purpose) -> C:
+        """All rows of the split of that name, checked."""
+        raise NotImplementedError
+
+    def summarize(self, name: str, content: C, rows: NDArray[np.int64]) -> RowCounts:
+        """What becomes of some of a split's rows."""
+        raise NotImplementedError
+
+    def dataset(self, role: str, content: C, rows: NDArray[np.int64]) -> Dataset[Any]:
+        """Some rows, as they serve that role."""
+        raise NotImplementedError
+
+    def digest_of(self, name: str) -> str:
+        """The sha256 of a split's content."""
+        return self.splits[name].digest()
+
+    # ---- roles
 
     def _add(self, role: str) -> None:
         split = self._split_for(role)
         if split is None:
             return
         purpose: Purpose = "test" if role == "test" else "predict" if role == "predict" else "train"
-        tokens = self._tokens(split, purpose)
-        if tokens.unlabelled:
-            split = self._instead_of(tokens)
-            tokens = self._tokens(split, "train")
-        rows = self._rows(split, len(tokens))
-        summary = summarize(tokens, rows, self.data.max_length, lambda row: self._place(split, tokens, row))
+        content = self._content(split, purpose)
+        if content.unlabelled:
+            split = self._instead_of(content)
+            content = self._content(split, "train")
+        rows = self._rows(split, len(content))
+        summary = self.summarize(_name(split), content, rows)
         if not summary.kept:
             raise UserError(f"The {role} split has no row to use: {summary}.")
         self.summaries[role] = summary
-        self.datasets[role] = TokenDataset(tokens, rows[tokens.kept()[rows]])
-        self._used.append(f"{role} {self._digest(split)} {self._share(split)}")
+        self.datasets[role] = self.dataset(role, content, rows[content.kept()[rows]])
+        self._used.append(f"{role} {self.digest(_name(split))} {self._share(split)}")
 
     def _split_for(self, role: str) -> str | None:
         """The split that a role reads; "aside" is the part of the training rows set aside for validation."""
@@ -76,7 +110,7 @@ class Preparation:
             return "aside" if "train" in self.splits else None
         return role if role in self.splits else None
 
-    def _instead_of(self, unlabelled: Tokens) -> str:
+    def _instead_of(self, unlabelled: C) -> str:
         split = self._split_for("validation")
         if split is None:
             raise UserError(f"There is nothing to test on: {unlabelled.unlabelled}.")
@@ -85,44 +119,16 @@ class Preparation:
         )
         return split
 
-    def _train_tokens(self) -> Tokens:
+    def _train_content(self) -> C:
         if "train" not in self.splits:
             raise UserError("There is no training split to find the labels in. Name them in order: labels: [..., ...]")
-        return self._tokens("train", "train")
+        return self._content("train", "train")
 
-    def _tokens(self, split: str, purpose: Purpose) -> Tokens:
-        name = "train" if split == "aside" else split
-        if (name, purpose) not in self._tokens_of:
-            self._tokens_of[name, purpose] = self._through_cache(name, purpose)
-        return self._tokens_of[name, purpose]
-
-    def _through_cache(self, name: str, purpose: Purpose) -> Tokens:
-        encoder = self.data.encoder(purpose, self.label_names)
-        path = token_file(self._folder, self._digest(name), self._identity, encoder.settings())
-        tokens = cached(
-            path,
-            make=lambda: encoder.encode(self.splits[name].read(), self.tokenizer),
-            describe=lambda made: asdict(self._whole(name, made)),
-        )
-        if purpose != "predict" and not tokens.unlabelled:
-            self._check(name, self._whole(name, tokens))
-        return tokens
-
-    def _whole(self, name: str, tokens: Tokens) -> Summary:
-        rows = np.arange(len(tokens))
-        return summarize(tokens, rows, self.data.max_length, lambda row: self._place(name, tokens, row))
-
-    def _check(self, name: str, summary: Summary) -> None:
-        where = ", ".join(part.name for part in self.splits[name].parts)
-        limit = self.data.max_length
-        if summary.truncated == summary.rows:
-            longest = f"the longest has {summary.longest} tokens"
-            raise UserError(f"{where}: every row is longer than max_length={limit}; {longest}. Raise max_length.")
-        if summary.empty > self.data.max_empty * summary.rows:
-            count = f"{summary.empty} of {summary.rows} rows have nothing to learn from within max_length={limit}"
-            fix = f"Raise max_length (the longest row has {summary.longest} tokens), fill in their answers, or raise"
-            share = f"max_empty={self.data.max_empty}"
-            raise UserError(f"{where}: {count}, more than {share} allows: {summary.named()}. {fix} max_empty.")
+    def _content(self, split: str, purpose: Purpose) -> C:
+        name = _name(split)
+        if (name, purpose) not in self._contents:
+            self._contents[name, purpose] = self.read(name, purpose)
+        return self._contents[name, purpose]
 
     def _rows(self, split: str, count: int) -> NDArray[np.int64]:
         if not self._share(split):
@@ -138,16 +144,15 @@ class Preparation:
             return ""
         return f"{split} {self.data.validation_size} {self.data.split_seed}"
 
-    def _digest(self, split: str) -> str:
-        name = "train" if split == "aside" else split
+    def digest(self, name: str) -> str:
+        """The sha256 of a split's content, computed once."""
         if name not in self._digests:
-            self._digests[name] = self.splits[name].digest()
+            self._digests[name] = self.digest_of(name)
         return self._digests[name]
 
-    def _place(self, split: str, tokens: Tokens, row: int) -> str:
-        parts = self.splits["train" if split == "aside" else split].parts
-        part = parts[tokens.files[row]]
-        return (f"{part.name}, " if len(parts) > 1 else "") + f"{part.unit} {tokens.numbers[row]}"
+
+def _name(split: str) -> str:
+    return "train" if split == "aside" else split
 
 
 def _rows_aside(size: int | float, count: int) -> int:

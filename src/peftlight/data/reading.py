@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +161,26 @@ def _read_parquet(path: Path) -> Table:
 
 def arrow_table(name: str, table: Any) -> Table:
     """A pyarrow table; a column becomes Python objects when it is asked for."""
-    return Table(
-        name, "row", table.column_names, range(1, len(table) + 1), lambda column: table.column(column).to_pylist()
-    )
+    import pyarrow as pa
+
+    def cells(column: str) -> Sequence[object]:
+        arrow = table.column(column)
+        return _ArrowCells(arrow) if pa.types.is_struct(arrow.type) else arrow.to_pylist()
+
+    return Table(name, "row", table.column_names, range(1, len(table) + 1), cells)
+
+
+class _ArrowCells(Sequence[object]):
+    """The cells of a column of structures, each made when it is asked for: images can be more than the memory holds."""
+
+    def __init__(self, column: Any) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._column[index].as_py()
 
 
 READERS: dict[str, Callable[[Path], Table]] = {

@@ -13,13 +13,19 @@ _NAMED = 5
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Counts of one split's rows and tokens."""
+class RowCounts:
+    """Counts of one split's rows."""
 
     rows: int
     """Rows of the split."""
     kept: int
     """Rows that are used."""
+
+
+@dataclass(frozen=True)
+class Summary(RowCounts):
+    """Counts of one split's rows and tokens."""
+
     truncated: int
     """Rows longer than max_length, which were cut."""
     empty: int

@@ -19,7 +19,7 @@ class Table:
     """The names of the columns in their order."""
     numbers: Sequence[int]
     """The 1-based number of each row in its file."""
-    cells: Callable[[str], list[object]]
+    cells: Callable[[str], Sequence[object]]
     """All cells of one column."""
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Tokenized rows: flat arrays, the data set over them, and how they are put together."""
 
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,13 @@ class Tokens:
     """Per row: its class."""
     token_types: NDArray[np.uint8] | None = None
     """Per token: which text of a pair it is from."""
+    targets: NDArray[np.int32] | None = None
+    """The target tokens of all rows, for encoder-decoders; row i is `targets[target_offsets[i]:target_offsets[i + 1]]`.
+    """
+    target_offsets: NDArray[np.int64] | None = None
+    """Where each row's target begins, and where the last one ends."""
+    target_lengths: NDArray[np.int32] | None = None
+    """How many target tokens each row has before it is cut."""
     label_names: list[str] | None = None
     """The names of the classes."""
     unlabelled: str = ""
@@ -40,16 +47,24 @@ class Tokens:
         return len(self.lengths)
 
     def label_counts(self) -> NDArray[np.int64]:
-        """How many labels of each row enter the loss; a first token is never predicted, so it does not count."""
+        """How many labels of each row enter the loss; a text's own first token is never predicted, and not counted."""
+        if self.target_offsets is not None:
+            return np.diff(self.target_offsets)
+        if self.tags is not None:
+            return self._counts(self.tags != IGNORED)
         if self.trained is None:
             return np.full(len(self), 0 if self.labels is None else 1, np.int64)
-        total = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
+        return self._counts(self.trained, skip=1)
+
+    def _counts(self, marks: NDArray[Any], skip: int = 0) -> NDArray[np.int64]:
+        """How many tokens of each row are marked, its first `skip` left out."""
+        total = np.concatenate([[0], np.cumsum(marks, dtype=np.int64)])
         starts, ends = self.offsets[:-1], self.offsets[1:]
-        return total[ends] - total[np.minimum(starts + 1, ends)]
+        return total[ends] - total[np.minimum(starts + skip, ends)]
 
     def kept(self) -> NDArray[np.bool_]:
         """Per row: whether it has something to learn from or to predict."""
-        if self.trained is not None:
+        if self.trained is not None or self.targets is not None:
             return self.label_counts() > 0
         return np.diff(self.offsets) > 0
 
@@ -60,6 +75,7 @@ class Item(TypedDict, total=False):
     input_ids: NDArray[np.int32]
     row: int
     labels: NDArray[np.int32] | int
+    words: NDArray[np.int32]
     token_type_ids: NDArray[np.uint8]
 
 
@@ -81,6 +97,12 @@ class TokenDataset(Dataset[Item]):
             item["labels"] = np.where(tokens.trained[span], tokens.input_ids[span], IGNORED).astype(np.int32)
         if tokens.labels is not None:
             item["labels"] = int(tokens.labels[row])
+        if tokens.targets is not None and tokens.target_offsets is not None:
+            item["labels"] = tokens.targets[tokens.target_offsets[row] : tokens.target_offsets[row + 1]]
+        if tokens.tags is not None:
+            item["labels"] = tokens.tags[span]
+        if tokens.words is not None:
+            item["words"] = tokens.words[span]
         if tokens.token_types is not None:
             item["token_type_ids"] = tokens.token_types[span]
         return item
@@ -98,6 +120,10 @@ class EncodedRow:
     """Per token: 1 where it is a label."""
     token_types: list[int] | None = None
     """Per token: which text of a pair it is from."""
+    target: list[int] | None = None
+    """The tokens that an encoder-decoder learns to write, cut to their maximum length."""
+    target_length: int = 0
+    """How many of those there were before."""
 
 
 @dataclass
@@ -110,8 +136,14 @@ class TokenBuilder:
     """The masks of the rows that have one."""
     types: list[NDArray[np.uint8]] = field(default_factory=list)
     """The token types of the rows that have them."""
+    words: list[NDArray[np.int32]] = field(default_factory=list)
+    """The words' numbers of the rows that have them."""
     lengths: list[int] = field(default_factory=list)
     """The lengths before cutting."""
+    targets: list[NDArray[np.int32]] = field(default_factory=list)
+    """The targets of the rows that have one."""
+    target_lengths: list[int] = field(default_factory=list)
+    """The targets' lengths before cutting."""
 
     def add(self, row: EncodedRow) -> None:
         """Append one row."""
@@ -121,15 +153,28 @@ class TokenBuilder:
             self.trained.append(row.trained)
         if row.token_types is not None:
             self.types.append(np.asarray(row.token_types, np.uint8))
+        if row.words is not None:
+            self.words.append(row.words)
+        if row.target is not None:
+            self.targets.append(np.asarray(row.target, np.int32))
+            self.target_lengths.append(row.target_length)
 
     def tokens(self, numbers: list[int], files: list[int]) -> Tokens:
         """All rows added so far; `numbers` and `files` say where each came from."""
         return Tokens(
             input_ids=np.concatenate(self.ids),
-            offsets=np.concatenate([[0], np.cumsum([len(ids) for ids in self.ids])]).astype(np.int64),
+            offsets=_offsets(self.ids),
             lengths=np.asarray(self.lengths, np.int32),
             numbers=np.asarray(numbers, np.int64),
             files=np.asarray(files, np.int32),
             trained=np.concatenate(self.trained) if self.trained else None,
             token_types=np.concatenate(self.types) if self.types else None,
+            words=np.concatenate(self.words) if self.words else None,
+            targets=np.concatenate(self.targets) if self.targets else None,
+            target_offsets=_offsets(self.targets) if self.targets else None,
+            target_lengths=np.asarray(self.target_lengths, np.int32) if self.targets else None,
         )
+
+
+def _offsets(rows: list[NDArray[np.int32]]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)

