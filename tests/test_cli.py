@@ -17,8 +17,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
+from models import make
 from peftlight import load_adapter
 from peftlight.cli import main
 from tasks.small import QUIET
@@ -56,12 +59,32 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "vision"
+    make("vit").vit.save_pretrained(folder)
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "decoder"
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=1, intermediate_size=64, bos_token_id=2, eos_token_id=3)  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "encoder_decoder"
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=400, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, pad_token_id=1,
+                      eos_token_id=3, decoder_start_token_id=1)  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -153,17 +176,28 @@ def test_every_config_trains_two_steps(config: str, tmp_path: Path, encoder: Pat
     assert json.loads((only_run(tmp_path) / "run.json").read_text())["state"] == "finished"
 
 
+OVERLAYS = {
+    "alpaca.yaml": ("instructions", "decoder", "val_perplexity"),
+    "alpaca_seq2seq.yaml": ("instructions", "encoder_decoder", "val_rouge_l"),
+    "dialogsum.yaml": ("dialogues", "encoder_decoder", "val_rouge_l"),
+    "english_quotes.yaml": ("quotes", "decoder", "val_perplexity"),
+    "entities.yaml": ("entities", "encoder", "val_recall"),
+    "images.yaml": ("shapes", "vision", "val_accuracy"),
+    "sst2.yaml": ("sentiment", "encoder", "val_accuracy"),
+}
+"""The sample that stands in for each overlay's data, the fixture of a model for it, and what is measured."""
+
+
 @pytest.mark.parametrize("strategy", ["lora.yaml", "full.yaml"])
 @pytest.mark.parametrize("overlay", sorted(p.name for p in (CONFIGS / "data").glob("*.yaml")))
 def test_every_data_overlay_trains_with_a_strategy(
-    strategy: str, overlay: str, tmp_path: Path, encoder: Path, decoder: Path
+    strategy: str, overlay: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    sample, base = {"sst2.yaml": ("sentiment", encoder), "alpaca.yaml": ("instructions", decoder),
-                    "english_quotes.yaml": ("quotes", decoder)}[overlay]  # fmt: skip
+    sample, model, metric = OVERLAYS[overlay]
+    base = request.getfixturevalue(model)
     flags = ["--config", str(CONFIGS / "data" / overlay), *options(tmp_path, base, f"sample:{sample}")]
     assert fit(strategy, flags) == 0
-    metrics = json.loads((only_run(tmp_path) / "run.json").read_text())["metrics"]
-    assert ("val_perplexity" in metrics) == (overlay != "sst2.yaml")
+    assert metric in json.loads((only_run(tmp_path) / "run.json").read_text())["metrics"]
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
@@ -201,6 +235,47 @@ def test_predict_of_a_language_model_writes_completions(tmp_path: Path, decoder:
     assert main(["predict", *overlay, *kept, "--trainer.limit_predict_batches=1"]) == 0
     records = [json.loads(line) for line in (only_run(tmp_path) / "predictions.jsonl").read_text().splitlines()]
     assert all(set(record) == {"id", "prompt", "completion"} for record in records)
+
+
+def test_predict_of_an_encoder_decoder_writes_what_it_generates(tmp_path: Path, encoder_decoder: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"dialogue": f"A: {word}"}) + "\n" for word in ("hello", "come here", "no")))
+    flags = options(tmp_path, encoder_decoder, "sample:dialogues", **{"model.max_new_tokens": 3})
+    kept = [*evaluating(flags), f"--data.predict_source={file}", "--data.batch_size=2"]
+    overlay = ["--config", str(CONFIGS / "lora.yaml"), "--config", str(CONFIGS / "data" / "dialogsum.yaml")]
+    assert main(["predict", *overlay, *kept]) == 0
+    records = [json.loads(line) for line in (only_run(tmp_path) / "predictions.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == [0, 1, 2]
+    assert all(set(record) == {"id", "source", "generated"} for record in records)
+    read = records[1]["source"].replace(" ", "").replace("Ġ", " ").strip()  # this tokenizer does not join its tokens
+    assert read == "summarize: A: come here"
+
+
+def test_predict_of_words_writes_a_tag_for_each(tmp_path: Path, encoder: Path) -> None:
+    file = tmp_path / "mine.conll"
+    file.write_text("Ines\nleft\nOslo\n\nRain\nfell\nfrom\nthe\nextraordinary\nsky\n")
+    given = {"data.predict_source": file, "data.max_length": 12}
+    overlay = ["--config", str(CONFIGS / "lora.yaml"), "--config", str(CONFIGS / "data" / "entities.yaml")]
+    assert main(["predict", *overlay, *evaluating(options(tmp_path, encoder, "sample:entities", **given))]) == 0
+    records = [json.loads(line) for line in (only_run(tmp_path) / "predictions.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == [0, 1]
+    assert records[1]["words"] == ["Rain", "fell", "from", "the", "extraordinary", "sky"]
+    assert [len(record["tags"]) for record in records] == [3, 6]
+    assert records[1]["tags"][-1] is None
+    assert {tag for record in records for tag in record["tags"]} <= {
+        None, "O", *(f"{at}-{kind}" for at in "BI" for kind in ("PER", "ORG", "LOC", "MISC"))
+    }  # fmt: skip
+
+
+def test_predict_of_images_writes_their_files(tmp_path: Path, vision: Path) -> None:
+    flags = evaluating(options(tmp_path, vision, "sample:shapes", **{"data.validation_size": 9}))
+    overlay = ["--config", str(CONFIGS / "lora.yaml"), "--config", str(CONFIGS / "data" / "images.yaml")]
+    assert main(["predict", *overlay, *flags]) == 0
+    records = [json.loads(line) for line in (only_run(tmp_path) / "predictions.jsonl").read_text().splitlines()]
+    assert len(records) == 9
+    for record in records:
+        assert int(record["file"].removesuffix(".ppm").rpartition("-")[2]) == record["id"]
+        assert record["label"] in ("circle", "square", "triangle")
 
 
 def test_the_users_callbacks_are_added_to_ours(tmp_path: Path, encoder: Path) -> None:

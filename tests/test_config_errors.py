@@ -195,7 +195,7 @@ IN_A_FILE = {
         "class_path: LoRa",
         "c.yaml:7: model.strategy.class_path: there is no class 'LoRa'. Did you mean 'LoRA'?",
     ),
-    "class misspelt": ("SequenceClassification", "SequenceClasification", "Did you mean 'SequenceClassification'?"),
+    "class misspelt": ("SequenceClassification", "SequenceClasification", "Did you mean 'SequenceClassification'"),
     "ambiguous class": (
         "trainer:\n",
         "lr_scheduler: {class_path: ReduceLROnPlateau}\ntrainer:\n",
@@ -377,7 +377,7 @@ def test_a_file_that_is_no_configuration(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("", ["fit needs model and data", "--model: CausalLM, SequenceClassification", "SST2"]),
+        ("", ["fit needs model and data", "--model: CausalLM, ", "--data: Alpaca, "]),
         ("--model CausalLM", ["CausalLM needs model.base_model and model.strategy.", "--model.strategy: BitFit, "]),
         ("--model CausalLM --model.base_model x", ["--model: CausalLM needs model.strategy."]),
         ("--model model.yaml --data SST2", ["model.yaml:7: LoRA has no 'rnk'"]),

@@ -31,11 +31,12 @@ _COMMAND_HELP = """usage: peftlight {command} --config FILE [--config FILE ...] 
 
   --config FILE                    a YAML; of several, later ones win key by key
   --print_config                   print the resulting configuration and stop
-  --model CLASS                    the task: SequenceClassification, CausalLM
+  --model CLASS                    the task: SequenceClassification, CausalLM, Seq2Seq, ImageClassification
   --model.base_model NAME          hub id, folder, .gguf file, or pypi:PACKAGE
   --model.strategy CLASS           LoRA, BitFit, Full, or the path of your own class
   --model.strategy.KEY VALUE       a hyperparameter of the strategy: rank, alpha, target_modules ...
-  --data CLASS                     SST2, Alpaca, EnglishQuotes, TextClassification, Instructions, Messages, PlainText
+  --data CLASS                     SST2, Alpaca, EnglishQuotes, TextClassification, Instructions, Messages, PlainText,
+                                   SourceTarget, InstructionPairs, Images
   --data.source NAME               hub id, file, folder or glob
   --optimizer CLASS                AdamW and every other of torch; --optimizer.lr 1e-4
   --lr_scheduler CLASS             LinearWarmup and every other of torch

@@ -5,7 +5,7 @@ delta is its child `deltas.<adapter name>`; taking the last delta away leaves th
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,11 +82,16 @@ class AdaptedForward:
         return inspect.signature(self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call, direct = self.own, True
-        for delta in _deltas_of(self.module).values():
-            if delta.enabled:
-                call, direct = _Nested(delta, Base(self.module, call, direct)), False
-        return call(*args, **kwargs)
+        return nested(Base(self.module, self.own, True), _deltas_of(self.module).values())(*args, **kwargs)
+
+
+def nested(base: Base, deltas: Iterable[Delta]) -> Callable[..., Any]:
+    """The forward that `base` has with these deltas around it, the innermost first; those switched off left out."""
+    call, direct = base.call, base.direct
+    for delta in deltas:
+        if delta.enabled:
+            call, direct = _Nested(delta, Base(base.module, call, direct)), False
+    return call
 
 
 @dataclass(slots=True)

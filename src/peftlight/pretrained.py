@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,8 +38,13 @@ class Source:
     trust_remote_code: bool = False
     """Whether Python code of the hub repository may run."""
 
-    def load_model(self, auto_class: str, dtype: Dtype = "float32", **config: Any) -> tuple[nn.Module, list[str]]:
+    def load_model(
+        self, auto_class: str, dtype: Dtype = "float32", new_head: bool | None = None, **config: Any
+    ) -> tuple[nn.Module, list[str]]:
         """The model, made by the class of that name in transformers, and the names of parameters not in its files.
+
+        Parameters that have another shape there are among those if `new_head` is true, and refused otherwise; where
+        it is false, and not None, the message says that it can be chosen.
 
         Raises:
             UserError: there is no such model, or it cannot be made into `auto_class`.
@@ -55,12 +61,26 @@ class Source:
                 )  # fmt: skip
         except _LOADING_FAILED as error:
             raise UserError(_explain(self.name, f"as {auto_class}", error)) from error
-        if info["mismatched_keys"]:
+        if info["mismatched_keys"] and not new_head:
             shapes = (
                 f"{key} is {tuple(had)} there, {tuple(asked)} here" for key, had, asked in info["mismatched_keys"]
             )
-            raise UserError(f"The model {self.name!r} was made for something else: {listed(shapes)}.")
-        return model, sorted(info["missing_keys"])
+            choice = "" if new_head is None else " To put a new one there and train it: --model.new_head true"
+            raise UserError(f"The model {self.name!r} was made for something else: {listed(shapes)}.{choice}")
+        return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+
+    def load_config(self) -> Any:
+        """The model's configuration, without its weights.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self._path(), **self._trust())
+        except _LOADING_FAILED as error:
+            raise UserError(_explain(self.name, "with its configuration", error)) from error
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer.
@@ -78,6 +98,21 @@ class Source:
             raise UserError(f"The model {self.name!r} comes without the files of its tokenizer: it would know no word. "
                             "Name another tokenizer: --data.tokenizer NAME")  # fmt: skip
         return tokenizer
+
+    def load_image_processor(self) -> Any:
+        """What makes images into the model's inputs: resizing, cropping, normalising.
+
+        Raises:
+            UserError: there is no such model, or it has no image processor.
+        """
+        from transformers import AutoImageProcessor
+
+        try:
+            return AutoImageProcessor.from_pretrained(self._path(), backend="pil", **self._trust())
+        except _LOADING_FAILED as error:
+            raise UserError(f"{_explain(self.name, 'with its image processor', error)}\n  Without one, say what is to "
+                            "become of the images: set data.image_size, data.image_mean and data.image_std, or name "
+                            "another with data.image_processor.") from error  # fmt: skip
 
     def _trust(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
@@ -144,14 +179,21 @@ def _converted(gguf: Path) -> Path:
     """A folder with the GGUF file's model in safetensors; converted once, for that takes longer than loading."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"Reading {gguf.name} needs a package: pip install gguf")
-    digest = hashlib.sha256()
-    with open(gguf, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    folder = cache_folder() / "gguf" / digest.hexdigest()[:32]
+    state = gguf.stat()
+    folder = cache_folder() / "gguf" / _digest(gguf, state.st_size, state.st_mtime_ns)[:32]
     if not folder.exists():
         _convert(gguf, folder)
     return folder
+
+
+@lru_cache(maxsize=8)
+def _digest(file: Path, size: int, changed: int) -> str:
+    """The sha256 of a file; read once for configuration, weights and tokenizer, and again only if it has changed."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -182,3 +224,19 @@ def _explain(name: str, how: str, error: Exception) -> str:
         f"a .gguf file, or {PACKAGE} and a package's name; without a network the hub's files must be in its cache.\n"
         f"  The cause: {type(error).__name__}: {first}"
     )
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Let a model of transformers compute its blocks' activations again in the backward pass.
+
+    Raises:
+        UserError: the model does not offer it.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
+        model,
+        "gradient_checkpointing_enable",
+        None,  # its name up to transformers 5.20
+    )
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
+        raise UserError(f"Gradient checkpointing was asked for, but {type(model).__name__} does not offer it.")
+    enable({"use_reentrant": False})

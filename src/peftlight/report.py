@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from torch import nn
 
-from peftlight.delta import CHILD
+from peftlight.delta import CHILD, Delta
 from peftlight.strategy import Adapter
 
 
@@ -47,6 +47,11 @@ def table_of(adapter: Adapter) -> Table:
     for row in rows:
         table.add_row(row.modules, str(row.count), row.trained, f"{row.parameters:,}", _bytes(row.size))
     table.add_section()
+    for part in adapter.strategy.parts(adapter):
+        own = list(part.parameters().values())
+        number, memory = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
+        share = f"{number / whole:.2%} of {whole:,}"
+        table.add_row(type(part.strategy).__name__, str(len(part.sites)), share, f"{number:,}", _bytes(memory))
     count, share = str(sum(row.count for row in rows)), f"{trained / whole:.2%} of {whole:,}"
     table.add_row("all that trains", count, share, f"{trained:,}", _bytes(size), style="bold")
     return table
@@ -54,12 +59,18 @@ def table_of(adapter: Adapter) -> Table:
 
 def _place(adapter: Adapter, name: str) -> tuple[str, str]:
     """(module, how it is trained) of a parameter."""
-    site, mark, _ = f".{name}".rpartition(f".{CHILD}.{adapter.name}.")
+    site, mark, within = f".{name}".rpartition(f".{CHILD}.{adapter.name}.")
     if mark:
         site = site.lstrip(".")
-        return site, type(adapter.sites[site]).__name__
+        return site, type(_innermost(adapter.sites[site], within)).__name__
     module, _, leaf = name.rpartition(".")
     return module, leaf
+
+
+def _innermost(delta: Delta, within: str) -> Delta:
+    """The delta that a parameter belongs to: of a stack's, the one of its own strategy."""
+    child = getattr(delta, within.partition(".")[0])
+    return child if isinstance(child, Delta) else delta
 
 
 def _row(pattern: str, how: str, sites: list[list[nn.Parameter]]) -> Row:

@@ -1,6 +1,6 @@
 """What a strategy is, and what it leaves on a model: an adapter."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -41,6 +41,10 @@ class PEFTStrategy:
 
     def train(self, model: nn.Module) -> Iterable[str]:
         """Names of the base's modules (whole) and parameters that are trained in place; "" is the whole model."""
+        return ()
+
+    def parts(self, adapter: "Adapter") -> Sequence["Adapter"]:
+        """Views of the adapters that this one is made of, where a strategy combines others."""
         return ()
 
     def prepare(self, adapter: "Adapter", material: Material) -> None:
@@ -130,6 +134,17 @@ class Adapter:
             for key, value in own.items():
                 value.copy_(state[key])
 
+    def train_in_float32(self) -> None:
+        """Put what trains into float32 on a base in half precision, together with the vectors beside it.
+
+        A normalisation takes weight and bias in one precision only.
+        """
+        for name, parameter in self.parameters().items():
+            beside = self.model.get_submodule(name.rpartition(".")[0]).parameters(recurse=False)
+            for each in [parameter, *(other for other in beside if other.dim() == parameter.dim() == 1)]:
+                if each.dtype in (torch.bfloat16, torch.float16):
+                    each.data = each.data.float()
+
     def finished(self) -> "Adapter":
         """This adapter as it is saved, without what only training needed; a view that leaves the model as it is."""
         strategy = self.strategy.finished(self)
@@ -175,8 +190,11 @@ class Adapter:
             raise UserError(f"{where}its weight is shared by {listed(names)}, which would change too.")
         bias = module.get_parameter("bias").detach() if getattr(module, "bias", None) is not None else None
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        with torch.no_grad():
-            return self.sites[site].fold(weight_of(module).to(dtype), None if bias is None else bias.to(dtype))
+        try:
+            with torch.no_grad():
+                return self.sites[site].fold(weight_of(module).to(dtype), None if bias is None else bias.to(dtype))
+        except UserError as error:
+            raise UserError(f"{where}{error}") from None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

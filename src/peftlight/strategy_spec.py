@@ -1,5 +1,6 @@
 """Strategies as plain data, for checkpoints and adapters: {"class_path": ..., "init_args": {...}}."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
@@ -18,8 +19,16 @@ class StrategySpec(TypedDict):
 def spec_of(strategy: PEFTStrategy) -> StrategySpec:
     """The strategy as plain data."""
     kind = type(strategy)
-    arguments: dict[str, Any] = dataclasses.asdict(strategy) if dataclasses.is_dataclass(strategy) else {}
+    names = [field.name for field in dataclasses.fields(strategy)] if dataclasses.is_dataclass(strategy) else []
+    arguments = {name: _plain(getattr(strategy, name)) for name in names}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+
+
+def _plain(value: Any) -> Any:
+    """A copy of a field's value, with strategies in it as plain data."""
+    if isinstance(value, PEFTStrategy):
+        return spec_of(value)
+    return [_plain(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def as_strategy(given: PEFTStrategy | Mapping[str, Any]) -> PEFTStrategy:
@@ -42,9 +51,16 @@ def as_strategy(given: PEFTStrategy | Mapping[str, Any]) -> PEFTStrategy:
             f"If it is yours, import its module first. Known: {listed(sorted(known))}."
         )
     try:
-        return known[path](**given["init_args"])
+        return known[path](**{name: _made(value) for name, value in given["init_args"].items()})
     except TypeError as error:
         raise UserError(f"The strategy {path} does not take what was saved: {error}") from error
+
+
+def _made(value: Any) -> Any:
+    """A field's value, with strategies made from their plain data."""
+    if isinstance(value, Mapping) and value.keys() == {"class_path", "init_args"}:
+        return as_strategy(value)
+    return [_made(item) for item in value] if isinstance(value, list) else value
 
 
 def _subclasses(kind: type[PEFTStrategy]) -> Iterator[type[PEFTStrategy]]:

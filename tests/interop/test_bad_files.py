@@ -80,6 +80,19 @@ def not_finite(values: dict[str, torch.Tensor]) -> None:
     values[f"{QUERY}.lora_A.weight"][0, 0] = float("nan")
 
 
+def norms(width: int) -> Damage:
+    """A DoRA whose norms have this shape."""
+    sites = [
+        f"base_model.model.bert.encoder.layer.{n}.attention.self.{name}" for n in (0, 1) for name in ("query", "value")
+    ]
+
+    def change(folder: Path) -> None:
+        config(use_dora=True)(folder)
+        tensors(lambda t: t.update({f"{site}.lora_magnitude_vector": torch.ones(width) for site in sites}))(folder)
+
+    return change
+
+
 LORA: dict[str, tuple[Damage, list[str]]] = {
     "config missing": (removed(CONFIG), ["It has no adapter_config.json", "adapter_model.safetensors"]),
     "tensors missing": (removed(TENSORS), ["It has no adapter_model.safetensors"]),
@@ -152,6 +165,15 @@ LORA: dict[str, tuple[Damage, list[str]]] = {
         ["word_embeddings.weight has shape (105, 32); in the model (100, 32)"],
     ),
     "a head that the model has not": (config(modules_to_save=["scorer"]), ["modules_to_save lists scorer"]),
+    "DoRA without norms": (
+        config(use_dora=True),
+        ["missing: lora_magnitude_vector of bert.encoder.layer.0.attention.self.query"],
+    ),
+    "norms of the wrong shape": (norms(31), ["lora_magnitude_vector of bert.encoder.layer", "(31,)", "need (32,)"]),
+    "DoRA that starts from the weight": (
+        config(use_dora=True, init_lora_weights="pissa"),
+        ["use_dora takes init_lora_weights default or gaussian, not pissa"],
+    ),
     "r is text": (config(r="8"), ["r is '8'"]),
     "r is zero": (config(r=0), ["rank of at least 1"]),
     "alpha is true": (config(lora_alpha=True), ["lora_alpha is True"]),
@@ -166,8 +188,8 @@ LORA: dict[str, tuple[Damage, list[str]]] = {
 LORA |= {
     f"option {option}": (config(**{option: value}), [option, str(value)])
     for option, value in {
-        "use_dora": True,
-        "use_rslora": True,
+        "use_dora": "yes",
+        "use_rslora": 1,
         "lora_bias": True,
         "use_qalora": True,
         "target_parameters": ["experts.down_proj"],
@@ -178,13 +200,10 @@ LORA |= {
         "loftq_config": {"bits": 4},
         "ensure_weight_tying": True,
         "an_option_of_the_future": 3,
-        "init_lora_weights": "pissa",
+        "init_lora_weights": "lora_ga",
     }.items()
 }
-LORA |= {
-    f"start {start}": (config(init_lora_weights=start), [start])
-    for start in ("pissa_niter_4", "olora", "loftq", "corda")
-}
+LORA |= {f"start {start}": (config(init_lora_weights=start), [start]) for start in ("pissa_niter_4", "loftq", "corda")}
 
 OWN: dict[str, tuple[Damage, list[str]]] = {
     "strategy missing": (config(strategy=...), ["'strategy' is None"]),
@@ -339,7 +358,7 @@ folder, which = Path(sys.argv[1]), sys.argv[2]
 save_adapter(attach(make("bert"), LoRA(rank=4)), folder)
 before = {path.name: path.read_bytes() for path in folder.iterdir()}
 if which == "large":
-    other = attach(make("bert"), LoRA(rank=64, target_modules="all-linear"))
+    other = attach(make("bert"), LoRA(rank=32, target_modules="all-linear"))
 else:
     other = attach(nn.Sequential(nn.Linear(4, 4)), LoRA(rank=1, target_modules=["0"]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if which == "large" else 350, resource.RLIM_INFINITY))

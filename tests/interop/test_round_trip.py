@@ -37,6 +37,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one layer": {"layers": "last 1"},
     "all biases": {"bias": "all", "dropout": 0.3},
     "biases of the adapted": {"bias": "lora_only"},
+    "rslora": {"use_rslora": True, "rank_pattern": {"FIRST": 2}, "alpha_pattern": {"FIRST": 3.5}},
+    "dora": {"use_dora": True, "target_modules": "all-linear", "dropout": 0.3},
+    "dora and rslora": {"use_dora": True, "use_rslora": True, "bias": "lora_only"},
+    "pissa": {"init_lora_weights": "pissa", "rank_pattern": {"FIRST": 2}, "dropout": 0.3, "bias": "lora_only"},
+    "pissa and rslora": {"init_lora_weights": "pissa", "use_rslora": True, "alpha_pattern": {"FIRST": 3.5}},
+    "olora": {"init_lora_weights": "olora", "target_modules": "all-linear"},
 }
 
 
@@ -129,6 +135,13 @@ THEIRS: dict[str, dict[str, Any]] = {
     "all biases": {"bias": "all"},
     "biases of the adapted": {"bias": "lora_only"},
     "gaussian start": {"init_lora_weights": "gaussian"},
+    "rslora": {"use_rslora": True, "rank_pattern": {"FIRST": 2}},
+    "dora": {"use_dora": True, "target_modules": "all-linear"},
+    "dora and rslora": {"use_dora": True, "use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa and rslora": {"init_lora_weights": "pissa", "use_rslora": True, "alpha_pattern": {"FIRST": 5}},
+    "olora": {"init_lora_weights": "olora"},
+    "a rank above the layer's width": {"r": 50},
 }
 
 
@@ -143,8 +156,10 @@ def their_config(variant: str, name: str) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": targets, "task_type": task.get(name), **fields})
 
 
-@pytest.mark.parametrize("variant", THEIRS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [(variant, name) for variant in THEIRS for name in ALL if (variant, name) != ("olora", "gpt2")],  # HF PEFT fails
+)
 def test_we_read_what_peft_writes(name: str, variant: str, tmp_path: Path) -> None:
     base = make(name)
     theirs = get_peft_model(copy.deepcopy(base), their_config(variant, name)).eval()
@@ -185,10 +200,11 @@ def test_modules_to_save_listed_twice_and_a_head_that_is_nowhere(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("name", "table"), [("bert", "word_embeddings"), ("llama", "embed_tokens"), ("gpt2", "wte")])
-def test_embeddings_both_ways(name: str, table: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_embeddings_both_ways(name: str, table: str, dora: bool, tmp_path: Path) -> None:
     """For `embed_tokens` HF PEFT writes the base's own table too; equal to ours, it is no news."""
-    targets = [table, FIRST.get(name, "q_proj")]
-    base, adapter = saved(name, LoRA(rank=4, target_modules=targets), tmp_path / "ours", HEADS.get(name, []))
+    strategy = LoRA(rank=4, target_modules=[table, FIRST.get(name, "q_proj")], use_dora=dora)
+    base, adapter = saved(name, strategy, tmp_path / "ours", HEADS.get(name, []))
     expected = computed(adapter.model, inputs_for(name))
     theirs = quietly(copy.deepcopy(base), tmp_path / "ours")
     assert_near(computed(theirs, inputs_for(name)), expected)
@@ -199,9 +215,9 @@ def test_embeddings_both_ways(name: str, table: str, tmp_path: Path) -> None:
 class ConvNet(nn.Module):
     """Convolutions, and a head with running statistics."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int) -> None:
         super().__init__()
-        self.image = nn.Conv2d(4, 8, (3, 2), stride=2, padding=1, groups=2)
+        self.image = nn.Conv2d(4, 8, (3, 2), stride=2, padding=1, groups=groups)
         self.line = nn.Conv1d(8, 6, 3, padding=1)
         self.head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
 
@@ -209,10 +225,11 @@ class ConvNet(nn.Module):
         return self.head(self.line(self.image(x).relu().mean(2)).mean(2))
 
 
-def test_convolutions_both_ways(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_convolutions_both_ways(dora: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    base, x = ConvNet().eval(), torch.randn(5, 4, 9, 8)
-    strategy = LoRA(rank=4, target_modules=["image", "line"], modules_to_save=["head"])
+    base, x = ConvNet(1 if dora else 2).eval(), torch.randn(5, 4, 9, 8)
+    strategy = LoRA(rank=4, target_modules=["image", "line"], modules_to_save=["head"], use_dora=dora)
     adapter = attach(copy.deepcopy(base), strategy)
     stir(adapter.parameters().values())
     adapter.model.train()(x)
@@ -252,7 +269,7 @@ def test_a_head_that_peft_untied_is_refused(tmp_path: Path) -> None:
 
 def test_an_adapted_head_needs_no_task(tmp_path: Path) -> None:
     """HF PEFT would train it whole beside the adapter if it knew the task."""
-    base, adapter = saved("bert", LoRA(rank=4, target_modules=["query", "classifier"]), tmp_path, [])
+    base, adapter = saved("bert", LoRA(rank=3, target_modules=["query", "classifier"]), tmp_path, [])
     expected = computed(adapter.model, inputs_for("bert"))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is None
     assert_near(computed(quietly(copy.deepcopy(base), tmp_path), inputs_for("bert")), expected)

@@ -59,7 +59,7 @@ class ShowPredictions(Callback):
         for module, training in modes.items():
             module.training = training
         table = Table(title="predictions", title_justify="left")
-        columns = [key for key in records[0] if key in ("label", "probability", "completion")]
+        columns = [key for key in records[0] if key in ("label", "probability", "completion", "generated")]
         for name in ("text", *columns):
             table.add_column(name)
         for text, record in zip(self.texts, records, strict=True):

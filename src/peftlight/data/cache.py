@@ -20,7 +20,7 @@ FORMAT = 1
 """Raised whenever the same inputs would give other tokens or another file."""
 
 _ARRAYS = ("input_ids", "offsets", "lengths", "numbers", "files", "trained", "labels", "token_types",
-           "targets", "target_offsets", "target_lengths")  # fmt: skip
+           "words", "tags", "targets", "target_offsets", "target_lengths")  # fmt: skip
 _METADATA = "peftlight"
 
 

@@ -1,13 +1,12 @@
 """Texts, or pairs of texts, with a class each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from peftlight.data.cells import column_of, required_column, text_cells
 from peftlight.data.encoder import Encoder, Purpose, Row
 from peftlight.data.framing import Texts, framed
-from peftlight.data.framing import framed
 from peftlight.data.labels import chosen_names, labels_of, unlabelled
 from peftlight.data.module import TextData
 from peftlight.data.table import Table
@@ -22,6 +21,7 @@ class TextClassification(TextData):
     """Rows of a text (or text and text_pair) and a label, which is a number counted from 0 or a name."""
 
     column_names: ClassVar[tuple[str, ...]] = ("text", "label", "text_pair")
+    made_for: ClassVar[str] = "SequenceClassification"
 
     max_length: int = 256
     """Longer texts are cut to this many tokens."""
@@ -35,7 +35,7 @@ class TextClassification(TextData):
 
     def find_label_names(self, train: Callable[[], Tokens]) -> list[str] | None:
         """The labels in order; `train` gives the training split where they have to be found."""
-        return train().label_names if self.labels is None else checked_names(self.labels)
+        return chosen_names(self.labels, train)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -29,6 +29,8 @@ class DataFamily(LightningDataModule):
     """Rows from files or the hub for each stage; a kind of data says how they are prepared and put into batches."""
 
     column_names: ClassVar[tuple[str, ...]] = ()
+    made_for: ClassVar[str] = ""
+    """The name of the task that learns from these batches; empty: any."""
     least: ClassVar[dict[str, int]] = {"batch_size": 1, "num_workers": 0}
 
     source: str

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from peftlight.data.cells import column_of, required_column, text_cells
-from peftlight.data.encoder import Purpose, Row
+from peftlight.data.encoder import Encoder, Purpose, Row
 from peftlight.data.module import TextData
 from peftlight.data.render import CausalEncoder, Segment
 from peftlight.data.table import Table
@@ -43,6 +43,7 @@ class Instructions(TextData):
     """Rows of instruction, input (may be absent or empty) and output; a language model learns to write the output."""
 
     column_names: ClassVar[tuple[str, ...]] = _NAMES
+    made_for: ClassVar[str] = "CausalLM"
 
     max_length: int = 1024
     """Longer rows are cut to this many tokens."""
@@ -56,7 +57,7 @@ class Instructions(TextData):
         _check_places("template", self.template, {"instruction", "input"})
         _check_places("template_without_input", self.template_without_input, {"instruction"})
 
-    def encoder(self, purpose: Purpose, label_names: Sequence[str] | None) -> "InstructionEncoder":
+    def encoder(self, purpose: Purpose, label_names: Sequence[str] | None) -> Encoder:
         """How rows become tokens."""
         return InstructionEncoder(
             columns=self.columns,
@@ -91,8 +92,8 @@ class _Exchange(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructionEncoder(CausalEncoder):
-    """Prompt, answer, end of text; the last two are trained. An empty answer leaves a row nothing to train."""
+class InstructionRows(Encoder):
+    """What rows of instructions hold, and the prompt that they make."""
 
     template: str
     """The prompt of rows with an input."""
@@ -113,11 +114,20 @@ class InstructionEncoder(CausalEncoder):
         """Why there are no answers; empty if there are."""
         return self.without_column(tables, "output")
 
-    def render(self, row: Row, tokenizer: Tokenizer) -> list[Segment]:
-        """The filled-in prompt and the answer."""
+    def prompt(self, row: Row) -> str:
+        """The filled-in template."""
         values: _Exchange = row.values
         template = self.template if values.input.strip() else self.template_without_input
         # One pass, so that a place written in the data itself is not filled in.
-        prompt = _PLACES.sub(lambda place: getattr(values, place[1]), template)
-        answer = Segment(values.output if values.output.strip() else "", True)
-        return [Segment(prompt, False)] + ([] if self.purpose == "predict" else [answer])
+        return _PLACES.sub(lambda place: getattr(values, place[1]), template)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionEncoder(InstructionRows, CausalEncoder):
+    """Prompt, answer, end of text; the last two are trained. An empty answer leaves a row nothing to train."""
+
+    def render(self, row: Row, tokenizer: Tokenizer) -> list[Segment]:
+        """The prompt and the answer."""
+        output: str = row.values.output
+        answer = Segment(output if output.strip() else "", True)
+        return [Segment(self.prompt(row), False)] + ([] if self.purpose == "predict" else [answer])

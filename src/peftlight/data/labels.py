@@ -30,8 +30,15 @@ def labels_of(
 ) -> tuple[NDArray[np.int32], list[str]]:
     """The index of every row's label, and the names that are counted: those given, or those found in the rows."""
     cells = _cells_of(tables, expected, columns)
-    known = list(names) if names else names_of(tables, cells)
+    known = list(names) if names else _declared(tables, columns) or names_of(tables, cells)
     return np.concatenate([label_indices(*part, known) for part in zip(tables, cells, strict=True)]), known
+
+
+def _declared(tables: Sequence[Table], columns: Mapping[str, str]) -> list[str]:
+    """The names that the tables themselves give their classes; none where a name could be mistaken for a number."""
+    declared = [table.class_names.get(columns.get("label", "label"), []) for table in tables]
+    clear = all(each == declared[0] for each in declared) and not any(map(_INTEGER.fullmatch, declared[0]))
+    return list(declared[0]) if clear else []
 
 
 def unlabelled(
@@ -47,17 +54,6 @@ def unlabelled(
 
 def _cells_of(tables: Sequence[Table], expected: Sequence[str], columns: Mapping[str, str]) -> list[list[int | str]]:
     return [label_cells(table, required_column(table, "label", expected, columns)) for table in tables]
-
-
-def checked_names(names: Sequence[str]) -> list[str]:
-    """The label names that the user gave in order.
-
-    Raises:
-        UserError: they are fewer than two, or not all different.
-    """
-    if len(set(names)) < max(2, len(names)):
-        raise UserError(f"labels must be at least two different names; found {list(names)}.")
-    return list(names)
 
 
 def label_cells(table: Table, column: str) -> list[int | str]:

@@ -21,6 +21,7 @@ class Messages(TextData):
     """Rows of messages with role and content; a chat model learns to write the assistant's turns."""
 
     column_names: ClassVar[tuple[str, ...]] = ("messages",)
+    made_for: ClassVar[str] = "CausalLM"
 
     max_length: int = 2048
     """Longer conversations are cut to this many tokens."""

@@ -17,6 +17,7 @@ class PlainText(TextData):
     """Rows of text that a language model learns to write from the first token to the end-of-text token."""
 
     column_names: ClassVar[tuple[str, ...]] = ("text",)
+    made_for: ClassVar[str] = "CausalLM"
 
     max_length: int = 512
     """Longer rows are cut to this many tokens."""

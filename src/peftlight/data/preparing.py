@@ -110,6 +110,12 @@ class Preparation(Generic[C]):
             return "aside" if "train" in self.splits else None
         return role if role in self.splits else None
 
+    def serving(self, role: str) -> Split:
+        """The split whose rows a role reads."""
+        split = self._split_for(role)
+        assert split is not None
+        return self.splits[_name(split)]
+
     def _instead_of(self, unlabelled: C) -> str:
         split = self._split_for("validation")
         if split is None:

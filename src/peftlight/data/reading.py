@@ -1,4 +1,4 @@
-"""Local files as tables: JSON, JSON Lines, CSV, TSV and parquet, with errors that name file and row."""
+"""Local files as tables: JSON, JSON Lines, CSV, TSV, CoNLL and parquet, with errors that name file and row."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftlight.data.conll import conll_table
 from peftlight.data.table import MISSING, Table
 from peftlight.errors import UserError, listed
 
@@ -167,7 +168,15 @@ def arrow_table(name: str, table: Any) -> Table:
         arrow = table.column(column)
         return _ArrowCells(arrow) if pa.types.is_struct(arrow.type) else arrow.to_pylist()
 
-    return Table(name, "row", table.column_names, range(1, len(table) + 1), cells)
+    return Table(name, "row", table.column_names, range(1, len(table) + 1), cells, _class_names(table.schema.metadata))
+
+
+def _class_names(metadata: Any) -> dict[str, list[str]]:
+    """The names that the package datasets writes beside a column of classes, which are stored as numbers."""
+    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    kinds = {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    each = {name: feature.get("feature", feature) for name, feature in kinds.items()}  # in columns of lists, one deeper
+    return {name: kind["names"] for name, kind in each.items() if kind.get("_type") == "ClassLabel"}
 
 
 class _ArrowCells(Sequence[object]):
@@ -188,9 +197,10 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".jsonl": _read_json_lines,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
+    ".conll": lambda path: conll_table(str(path), _text(path)),
     ".parquet": _read_parquet,
 }
 """The file formats by their extension."""
 
-LINE_FORMATS = (".jsonl", ".csv", ".tsv")
+LINE_FORMATS = (".jsonl", ".csv", ".tsv", ".conll")
 """Those whose rows are numbered by the line of the file."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from peftlight.data.cells import required_column, text_cells
 from peftlight.data.encoder import Encoder, Purpose, Row
-from peftlight.data.framing import framed
+from peftlight.data.framing import Texts, framed
 from peftlight.data.module import TextData
 from peftlight.data.table import Table
 from peftlight.data.tokenizer import Tokenizer, eos_id
@@ -72,18 +72,19 @@ class SourceTargetEncoder(Encoder):
     def tokenize(self, rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[EncodedRow]:
         """The tokens of each row's source and target."""
         pairs = [self.pair(row) for row in rows]
-        sources = framed(tokenizer, self.max_length, text=[self.prefix + source for source, _ in pairs])
+        sources = framed([Texts(self.prefix + source) for source, _ in pairs], tokenizer, self.max_length)
         if self.purpose == "predict":
-            yield from sources
+            yield from (EncodedRow(source.ids, source.length) for source in sources)
             return
         targets = self._targets([target for _, target in pairs], tokenizer)
-        for source, target in zip(sources, targets, strict=True):
-            yield EncodedRow(source.input_ids, source.length, target=target.input_ids, target_length=target.length)
+        for source, (target, length) in zip(sources, targets, strict=True):
+            yield EncodedRow(source.ids, source.length, target=target, target_length=length)
 
-    def _targets(self, texts: list[str], tokenizer: Tokenizer) -> Iterator[EncodedRow]:
+    def _targets(self, texts: list[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
+        """The tokens of each target, and how many there were before the cut."""
         eos = eos_id(tokenizer)
-        # T5 and BART end every text themselves; for other tokenizers the place is kept free.
+        # T5 and BART end every text themselves; where a tokenizer does not, the last place is kept free.
         end = [] if eos in tokenizer(text_target="", verbose=False)["input_ids"] else [eos]
-        rows = framed(tokenizer, self.max_target_length - len(end), "max_target_length", text_target=texts)
+        rows = framed([Texts(text) for text in texts], tokenizer, self.max_target_length - len(end), target=True)
         for text, row in zip(texts, rows, strict=True):
-            yield EncodedRow(row.input_ids + end, row.length + len(end)) if text.strip() else EncodedRow([], 0)
+            yield (row.ids + end, row.length + len(end)) if text.strip() else ([], 0)

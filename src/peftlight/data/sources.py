@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -89,21 +89,26 @@ class Split:
         return [part.read() for part in self.parts]
 
 
-def find_splits(source: str, subset: str | None, others: Mapping[str, str | None]) -> dict[str, Split]:
+Special = Callable[[str], dict[str, Split] | None]
+"""The splits of a source that only one kind of data knows, such as folders of images; None for every other source."""
+
+
+def find_splits(
+    source: str, subset: str | None, others: Mapping[str, str | None], special: Special = lambda source: None
+) -> dict[str, Split]:
     """The splits of `source` by role; `others` gives roles (validation, test, predict) a source of their own.
 
     Raises:
         UserError: nothing is found there, or it is not clear which file belongs to which split.
     """
-    splits = _splits_of(source, subset)
+    splits = special(source) or _splits_of(source, subset)
     for role, own in others.items():
         if own is not None:
-            splits[role] = _one_split(role, own, subset if _is_hub_id(own) else None)
+            splits[role] = _one_split(role, own, special(own) or _splits_of(own, subset if _is_hub_id(own) else None))
     return splits
 
 
-def _one_split(role: str, source: str, subset: str | None) -> Split:
-    splits = _splits_of(source, subset)
+def _one_split(role: str, source: str, splits: Mapping[str, Split]) -> Split:
     if role in splits:
         return splits[role]
     if len(splits) == 1:
@@ -126,6 +131,11 @@ def _splits_of(source: str, subset: str | None) -> dict[str, Split]:
     return {"train": Split((FilePart(_existing(path)),))}
 
 
+def split_named(name: str) -> str | None:
+    """The role of a split or a folder with this name."""
+    return _SPLITS.get(name.lower())
+
+
 def _is_hub_id(source: str) -> bool:
     path = Path(source).expanduser()
     if path.exists() or path.suffix.lower() in READERS or not _HUB_ID.fullmatch(source):
@@ -138,7 +148,7 @@ def _hub_splits(source: str, subset: str | None) -> dict[str, Split]:
     parts = hub_parts(source, subset)
     splits: dict[str, Split] = {}
     for name, part in parts.items():
-        role = _SPLITS.get(name.lower())
+        role = split_named(name)
         if role is not None:
             splits.setdefault(role, Split((part,)))
     if not splits:

@@ -38,11 +38,17 @@ class Summary(RowCounts):
     """Labels of the kept rows that enter the loss: tokens for a language model, rows for classification."""
     longest: int
     """Tokens of the longest row before cutting."""
+    truncated_targets: int = 0
+    """Targets longer than max_target_length, which were cut."""
+    longest_target: int = 0
+    """Tokens of the longest target before cutting; 0 where there are none."""
 
     def __str__(self) -> str:
         text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.label_tokens:,} labels, longest {self.longest:,}"
         if self.truncated:
             text += f"; {self.truncated:,} truncated"
+        if self.longest_target:
+            text += f"; longest target {self.longest_target:,}, {self.truncated_targets:,} targets truncated"
         if self.empty:
             text += f"; {self.empty:,} dropped without labels ({self.named()})"
         return text
@@ -65,4 +71,12 @@ def summarize(tokens: Tokens, rows: NDArray[np.int64], max_length: int, place: C
         tokens=int(np.diff(tokens.offsets)[rows[kept]].sum()),
         label_tokens=int(tokens.label_counts()[rows[kept]].sum()),
         longest=int(tokens.lengths[rows].max(initial=0)),
+        **_of_targets(tokens, rows),
     )
+
+
+def _of_targets(tokens: Tokens, rows: NDArray[np.int64]) -> dict[str, int]:
+    if tokens.target_lengths is None or tokens.target_offsets is None:
+        return {}
+    whole, cut = tokens.target_lengths[rows], np.diff(tokens.target_offsets)[rows]
+    return {"truncated_targets": int((whole > cut).sum()), "longest_target": int(whole.max(initial=0))}

@@ -1,7 +1,7 @@
 """Rows of one file as columns, each row knowing where it stands in that file."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 MISSING = object()
 """The cell of a row that has no such key, which only JSON allows."""
@@ -21,6 +21,8 @@ class Table:
     """The 1-based number of each row in its file."""
     cells: Callable[[str], Sequence[object]]
     """All cells of one column."""
+    class_names: Mapping[str, list[str]] = field(default_factory=dict)
+    """The names behind the numbers of a column, in order, where the table itself says them."""
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -91,5 +91,6 @@ def identity(tokenizer: Tokenizer) -> str:
     backend.no_truncation()
     backend.no_padding()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    extra = json.dumps([special, getattr(tokenizer, "chat_template", None)], sort_keys=True)
+    names = ("chat_template", "src_lang", "tgt_lang")  # the languages decide which tokens frame a text
+    extra = json.dumps([special, *(getattr(tokenizer, name, None) for name in names)], sort_keys=True)
     return hashlib.sha256((backend.to_str() + extra).encode()).hexdigest()

@@ -62,6 +62,9 @@ class TextPreparation(Preparation[Tokens]):
         if summary.truncated == summary.rows:
             longest = f"the longest has {summary.longest} tokens"
             raise UserError(f"{where}: every row is longer than max_length={limit}; {longest}. Raise max_length.")
+        if summary.truncated_targets == summary.rows:
+            longest = f"the longest has {summary.longest_target} tokens"
+            raise UserError(f"{where}: every target is cut; {longest}. Raise max_target_length.")
         if summary.empty > self.data.max_empty * summary.rows:
             count = f"{summary.empty} of {summary.rows} rows have nothing to learn from within max_length={limit}"
             fix = f"Raise max_length (the longest row has {summary.longest} tokens), fill in their answers, or raise"

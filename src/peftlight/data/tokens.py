@@ -31,6 +31,10 @@ class Tokens:
     """Per row: its class."""
     token_types: NDArray[np.uint8] | None = None
     """Per token: which text of a pair it is from."""
+    words: NDArray[np.int32] | None = None
+    """Per token: the number of the word, counted from 0 in its row, that begins with it; -100 where none does."""
+    tags: NDArray[np.int32] | None = None
+    """Per token: the class of the word that begins with it; -100 where none does."""
     targets: NDArray[np.int32] | None = None
     """The target tokens of all rows, for encoder-decoders; row i is `targets[target_offsets[i]:target_offsets[i + 1]]`.
     """
@@ -64,7 +68,7 @@ class Tokens:
 
     def kept(self) -> NDArray[np.bool_]:
         """Per row: whether it has something to learn from or to predict."""
-        if self.trained is not None or self.targets is not None:
+        if any(labels is not None for labels in (self.trained, self.tags, self.targets)):
             return self.label_counts() > 0
         return np.diff(self.offsets) > 0
 
@@ -120,6 +124,8 @@ class EncodedRow:
     """Per token: 1 where it is a label."""
     token_types: list[int] | None = None
     """Per token: which text of a pair it is from."""
+    words: NDArray[np.int32] | None = None
+    """Per token: the number of the word that begins with it; -100 where none does."""
     target: list[int] | None = None
     """The tokens that an encoder-decoder learns to write, cut to their maximum length."""
     target_length: int = 0

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from peftlight.delta import unchanged_on_error
 from peftlight.errors import UserError, listed
 from peftlight.files import write_atomically
-from peftlight.interop import hf_peft, metadata, own_format
+from peftlight.interop import hf_adalora, hf_peft, metadata, own_format
 from peftlight.interop.contents import Config, Contents, Tensors
+from peftlight.strategies.adalora import AdaLoRA
 from peftlight.strategies.lora import LoRA
 from peftlight.strategy import Adapter, PEFTStrategy, attach
 
@@ -22,8 +23,14 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 
 # One row for each method that HF PEFT has; everything else goes through our own format.
-_WRITERS: dict[type[PEFTStrategy], Callable[[Adapter], tuple[Config, Tensors]]] = {LoRA: hf_peft.to_peft}
-_READERS: dict[str, Callable[[Config, Tensors, nn.Module, str], Contents]] = {"LORA": hf_peft.from_peft}
+_WRITERS: dict[type[PEFTStrategy], Callable[[Adapter], tuple[Config, Tensors]]] = {
+    AdaLoRA: hf_adalora.to_peft,
+    LoRA: hf_peft.to_peft,
+}
+_READERS: dict[str, Callable[[Config, Tensors, nn.Module, str], Contents]] = {
+    "ADALORA": hf_adalora.from_peft,
+    "LORA": hf_peft.from_peft,
+}
 
 
 def save_adapter(adapter: Adapter, folder: str | Path) -> None:

@@ -14,13 +14,15 @@ from peftlight.linear import is_linear, widths
 from peftlight.strategies.lora import LoRA
 from peftlight.targets import pattern_value
 
+_KEYS = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
+
 
 @dataclass
 class Found:
     """The tensors of a file by what they are."""
 
     matrices: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """A and B of each site."""
+    """A and B of each site, and m where it is a DoRA."""
     plain: Tensors = field(default_factory=dict)
     """Tensors of the base by their names there."""
     unknown: list[str] = field(default_factory=list)
@@ -50,7 +52,8 @@ def heads_of(
 
 def missing_sites(config: Config, found: Found, model: nn.Module) -> list[str]:
     """What the file lacks of the sites that it has, or that the config selects."""
-    missing = [f"missing: lora_{m} of {site}" for site, pair in found.matrices.items() for m in "AB" if m not in pair]
+    matrices = ("A", "B", "m") if config.get("use_dora") else ("A", "B")
+    missing = [f"missing: {_KEYS[m]} of {s}" for s, pair in found.matrices.items() for m in matrices if m not in pair]
     targets = config.get("target_modules")
     if targets and targets != "all-linear":
         absent = set(selected(config, paths_of(model))) - set(found.matrices)
@@ -70,8 +73,8 @@ def misfits(strategy: LoRA, found: Found, model: nn.Module) -> list[str]:
         for matrix, value in pair.items():
             if value.shape != expected[matrix]:
                 wrong.append(
-                    f"lora_{matrix} of {site} has shape {tuple(value.shape)}; the model and rank {rank} of the config "
-                    f"need {expected[matrix]}"
+                    f"{_KEYS[matrix]} of {site} has shape {tuple(value.shape)}; the model and rank {rank} of the "
+                    f"config need {expected[matrix]}"
                 )
     return wrong
 
@@ -118,14 +121,16 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 def _shapes(module: nn.Module, rank: int) -> Mapping[str, tuple[int, ...]] | None:
     if is_linear(module):
         inputs, outputs = widths(module)
-        return {"A": (rank, inputs), "B": (outputs, rank)}
+        return {"A": (rank, inputs), "B": (outputs, rank), "m": (outputs,)}
     if isinstance(module, nn.Embedding):
-        return {"A": (rank, module.num_embeddings), "B": (module.embedding_dim, rank)}
+        dim = module.embedding_dim
+        return {"A": (rank, module.num_embeddings), "B": (dim, rank), "m": (dim,)}
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         ones = (1,) * len(module.kernel_size)
         return {
             "A": (rank, module.in_channels, *module.kernel_size),
             "B": (module.out_channels, rank // module.groups, *ones),
+            "m": (1, module.out_channels, *ones),
         }
     return None
 

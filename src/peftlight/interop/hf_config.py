@@ -6,7 +6,7 @@ from typing import Any
 
 from peftlight.errors import UserError
 from peftlight.interop.contents import Config
-from peftlight.strategies.lora import LoRA
+from peftlight.strategies.lora import FROM_WEIGHT, LoRA
 from peftlight.targets import pattern_value
 
 PEFT_VERSION = "0.21.2"
@@ -14,7 +14,7 @@ PEFT_VERSION = "0.21.2"
 
 _UNDERSTOOD = {
     "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "bias",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "bias", "use_rslora", "use_dora",
 }  # fmt: skip
 _WITHOUT_EFFECT = {
     "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "fan_in_fan_out",
@@ -31,10 +31,11 @@ def check_supported(config: Config) -> None:
         UserError: an option is set that is not supported; the message names it.
     """
     start = config.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
+    if start not in (*_PLAIN_STARTS, *FROM_WEIGHT):
         raise UserError(
-            f"init_lora_weights is {start!r}, an initialisation that changes the base's own weights: convert the "
-            "adapter to plain LoRA in HF PEFT first (save_pretrained with path_initial_model_for_weight_conversion)."
+            f"init_lora_weights is {start!r}, an initialisation that changes the base's own weights in a way that "
+            "cannot be repeated here: convert the adapter to plain LoRA in HF PEFT first (save_pretrained with "
+            "path_initial_model_for_weight_conversion)."
         )
     known = _UNDERSTOOD | _WITHOUT_EFFECT | {"init_lora_weights"}
     others = [f"{field}={value!r}" for field, value in sorted(config.items()) if field not in known and value]
@@ -48,7 +49,8 @@ def recipe(config: Config, sites: Collection[str], targets: str | list[str]) -> 
     Raises:
         UserError: a field has a value of the wrong kind.
     """
-    return LoRA(
+    start = config.get("init_lora_weights")
+    strategy = LoRA(
         rank=_field(config, "r", int, 8),
         alpha=_field(config, "lora_alpha", (int, float), 8),
         dropout=float(_field(config, "lora_dropout", (int, float), 0.0)),
@@ -56,7 +58,12 @@ def recipe(config: Config, sites: Collection[str], targets: str | list[str]) -> 
         rank_pattern=_patterns(config, "rank_pattern", int, sites),
         alpha_pattern=_patterns(config, "alpha_pattern", (int, float), sites),
         bias=_field(config, "bias", str, "none"),
+        use_rslora=_switch(config, "use_rslora"),
+        use_dora=_switch(config, "use_dora"),
+        init_lora_weights=start if start in FROM_WEIGHT else "default",
     )
+    strategy.refuses_wasted_rank = False
+    return strategy
 
 
 def written(strategy: LoRA, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> Config:
@@ -73,8 +80,8 @@ def written(strategy: LoRA, ranks: Mapping[str, int], alphas: Mapping[str, float
         "rank_pattern": _pattern_for(strategy.rank_pattern, strategy.rank, ranks),
         "alpha_pattern": _pattern_for(strategy.alpha_pattern, strategy.alpha, alphas),
         "layers_to_transform": None,
-        "use_dora": False,
-        "use_rslora": False,
+        "use_dora": strategy.use_dora,
+        "use_rslora": strategy.use_rslora,
     }
 
 
@@ -115,6 +122,13 @@ def _field(config: Config, field: str, kinds: type | tuple[type, ...], default: 
         raise UserError(f"{field} is {value!r}; expected {'text' if kinds is str else 'a number'}.")
     if field == "bias" and value not in ("none", "all", "lora_only"):
         raise UserError(f"bias is {value!r}; expected none, all or lora_only.")
+    return value
+
+
+def _switch(config: Config, field: str) -> bool:
+    value = config.get(field) or False
+    if not isinstance(value, bool):
+        raise UserError(f"{field} is {value!r}; expected true or false.")
     return value
 
 

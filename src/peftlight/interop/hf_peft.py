@@ -16,18 +16,26 @@ from peftlight.interop.contents import Config, Contents, Tensors
 from peftlight.interop.hf_checks import Found, heads_of, misfits, missing_sites, plain_state
 from peftlight.interop.hf_targets import HEADS_OF_TASK, paths_of, targets_for, task_of, wrapped
 from peftlight.linear import is_conv1d
-from peftlight.strategies.lora import ConvLoRA, EmbeddingLoRA, LinearLoRA, LoRA
+from peftlight.strategies.lora import FROM_WEIGHT, LoRA
+from peftlight.strategies.lora_dora import ConvDoRA, EmbeddingDoRA, LinearDoRA
+from peftlight.strategies.lora_layers import ConvLoRA, EmbeddingLoRA, LinearLoRA
 from peftlight.strategy import Adapter
 from peftlight.targets import pattern_value
 
 PREFIX = "base_model.model."
 
+_PAIR = {"A": "lora_A.weight", "B": "lora_B.weight"}
+_TABLES = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+_NORMS = {"m": "lora_magnitude_vector"}
 _MATRICES = {
-    LinearLoRA: {"A": "lora_A.weight", "B": "lora_B.weight"},
-    ConvLoRA: {"A": "lora_A.weight", "B": "lora_B.weight"},
-    EmbeddingLoRA: {"A": "lora_embedding_A", "B": "lora_embedding_B"},
+    LinearLoRA: _PAIR,
+    ConvLoRA: _PAIR,
+    EmbeddingLoRA: _TABLES,
+    LinearDoRA: _PAIR | _NORMS,
+    ConvDoRA: _PAIR | _NORMS,
+    EmbeddingDoRA: _TABLES | _NORMS,
 }
-_LORA_KEY = re.compile(r"(?P<site>.+)\.lora_(?:embedding_(?P<table>[AB])|(?P<matrix>[AB])\.weight)")
+_LORA_KEY = re.compile(r"(?P<site>.+)\.lora_(?:embedding_(?P<table>[AB])|(?P<matrix>[AB])\.weight|magnitude_vector)")
 _ODD_BIAS = re.compile(r".+\.(modules_to_save|original_module)\.(.+\.)?bias")
 """Keys that HF PEFT writes beside a head's own biases when bias is "all", and does not read."""
 
@@ -66,7 +74,7 @@ def from_peft(config: Config, tensors: Tensors, model: nn.Module, name: str = "d
     """
     hf_config.check_supported(config)
     hf_config.check_kinds(config)
-    found = _sorted_out(tensors, model)
+    found = _sorted_out(tensors, model, dora=config.get("use_dora") is True)
     if not found.matrices:
         raise UserError(f"It holds no LoRA tensor that fits this {type(model).__name__}: {listed(tensors, 3)}.")
     entries, implied = hf_config.names(config, "modules_to_save"), _implied(config.get("task_type"))
@@ -77,9 +85,17 @@ def from_peft(config: Config, tensors: Tensors, model: nn.Module, name: str = "d
     state, more = plain_state(strategy, heads, found, model)
     if problems + more:
         raise UserError(f"It does not fit this {type(model).__name__}:\n  " + "\n  ".join(problems + more))
+    if strategy.init_lora_weights in FROM_WEIGHT:
+        _add_starts(strategy, found, model)
     for site, pair in found.matrices.items():
         state.update({f"{site}.{CHILD}.{name}.{matrix}": value for matrix, value in pair.items()})
     return Contents(strategy, heads, state)
+
+
+def _add_starts(strategy: LoRA, found: Found, model: nn.Module) -> None:
+    """Where A and B started: HF PEFT writes only where they are, and decomposes the base again when it reads."""
+    for site, matrices in found.matrices.items():
+        matrices["A0"], matrices["B0"] = strategy.start_at(site, model.get_submodule(site))
 
 
 def _implied(task: str | None) -> tuple[str, ...]:
@@ -137,14 +153,15 @@ def _with_base_layer(key: str, sites: Collection[str]) -> str:
     return f"{PREFIX}{module}.base_layer.{leaf}" if module in sites else PREFIX + key
 
 
-def _sorted_out(tensors: Tensors, model: nn.Module) -> Found:
+def _sorted_out(tensors: Tensors, model: nn.Module, dora: bool) -> Found:
     found, base, modules = Found(), model.state_dict(), set(paths_of(model, tied_twice=True))
     for key, value in tensors.items():
         path = key.removeprefix(PREFIX)
         plain = path.replace(".base_layer.", ".")
         matrix = _LORA_KEY.fullmatch(path)
-        if matrix and matrix["site"] in modules:
-            found.matrices.setdefault(matrix["site"], {})[matrix["matrix"] or matrix["table"]] = value
+        letter = matrix and (matrix["matrix"] or matrix["table"] or "m")
+        if matrix and letter and matrix["site"] in modules and (dora or letter != "m"):
+            found.matrices.setdefault(matrix["site"], {})[letter] = value
         elif plain in base:
             found.plain[plain] = value
         elif not _ODD_BIAS.fullmatch(path):

@@ -2,23 +2,38 @@
 
 Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu Wang, Weizhu Chen, 2021,
 https://arxiv.org/abs/2106.09685
+
+rsLoRA (`use_rslora`): A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA.
+Damjan Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732
+
+LoRA+ (`lora_plus_ratio`): Efficient Low Rank Adaptation of Large Models.
+Soufiane Hayou, Nikhil Ghosh, Bin Yu, 2024, https://arxiv.org/abs/2402.12354
+
+DoRA is in `lora_dora`, PiSSA and OLoRA are in `lora_start`, EVA is in `lora_eva`.
 """
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from peftlight.delta import Base, Delta
-from peftlight.errors import UserError
-from peftlight.linear import is_linear, widths
-from peftlight.strategy import PEFTStrategy
+from peftlight.delta import Delta
+from peftlight.errors import UserError, listed, nearest
+from peftlight.linear import is_linear
+from peftlight.strategies.lora_dora import ConvDoRA, EmbeddingDoRA, LinearDoRA
+from peftlight.strategies.lora_eva import EvaLoRA, settle
+from peftlight.strategies.lora_layers import ConvLoRA, EmbeddingLoRA, LinearLoRA, largest_rank, matrix_shapes
+from peftlight.strategies.lora_start import DifferenceLoRA, Factors, start_from
+from peftlight.strategy import Adapter, Material, PEFTStrategy
 from peftlight.targets import Selection, check_patterns, matching, pattern_value, select
+
+Start = Literal["default", "gaussian", "pissa", "olora", "eva"]
+FROM_WEIGHT = ("pissa", "olora")
+"""The starts that are parts of the weight."""
 
 
 @dataclass
@@ -46,12 +61,55 @@ class LoRA(PEFTStrategy):
     modules_to_save: list[str] = field(default_factory=list)
     """Modules of the base that are trained whole and saved with the adapter."""
 
+    use_rslora: bool = False
+    """Scale by alpha / √rank instead, so that a large rank learns as fast as a small one (rsLoRA)."""
+    use_dora: bool = False
+    """Train the norm of each row of the changed weight apart from its direction (DoRA)."""
+    init_lora_weights: Start = "default"
+    """Where A and B start: default, gaussian, pissa or olora (parts of the weight), eva (from the training data)."""
+    pissa_niter: int | None = None
+    """Iterations of a faster, randomised decomposition for pissa; none: the exact one."""
+    eva_rho: float = 2.0
+    """With eva, ranks move between layers, up to this multiple of a layer's own; 1: they stay."""
+    eva_tau: float = 0.99
+    """With eva, batches are looked at until the directions found have this cosine to those of a batch before."""
+    lora_plus_ratio: float | None = None
+    """Factor on the learning rate of B, 16 for example (LoRA+); none: B learns as A does."""
+
+    refuses_wasted_rank = True
+    """Whether a rank above what a layer can use is an error. An adapter that was saved is read all the same."""
+
     def __post_init__(self) -> None:
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
                 raise UserError(f"LoRA needs a rank of at least 1; {where} is {rank}.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"LoRA's dropout is a share from 0 up to, not including, 1; got {self.dropout}.")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        start, starts = self.init_lora_weights, get_args(Start)
+        if start not in starts:
+            raise UserError(
+                f"LoRA's init_lora_weights is {start!r}.{nearest(str(start), starts)} Expected {listed(starts)}."
+            )
+        if self.use_dora and start not in ("default", "gaussian"):
+            raise UserError(
+                f"LoRA's use_dora takes init_lora_weights default or gaussian, not {start}: the norms that it trains "
+                "are those of the whole weight. Leave one of the two out."
+            )
+        if self.pissa_niter is not None and (start != "pissa" or self.pissa_niter < 1):
+            raise UserError(
+                f"LoRA's pissa_niter is a number from 1 up, and for init_lora_weights pissa; got {self.pissa_niter} "
+                f"with {start}."
+            )
+        if self.eva_rho < 1 or not 0 < self.eva_tau <= 1:
+            raise UserError(
+                f"LoRA's eva_rho is at least 1 and eva_tau a cosine above 0 and up to 1; got {self.eva_rho} and "
+                f"{self.eva_tau}."
+            )
+        if self.lora_plus_ratio is not None and self.lora_plus_ratio <= 0:
+            raise UserError(f"LoRA's lora_plus_ratio is a factor above 0; got {self.lora_plus_ratio}.")
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
         selection = self._selection(model)
@@ -60,10 +118,10 @@ class LoRA(PEFTStrategy):
         sites = selection.modules
         check_patterns("rank_pattern", self.rank_pattern, sites)
         check_patterns("alpha_pattern", self.alpha_pattern, sites)
+        if self.refuses_wasted_rank:
+            self._check_ranks(sites)
         for name, module in sites.items():
-            rank = pattern_value(self.rank_pattern, name, self.rank)
-            alpha = pattern_value(self.alpha_pattern, name, self.alpha)
-            yield name, _delta_for(name, module, rank, alpha / rank, self.dropout)
+            yield name, self._delta(name, module)
 
     def train(self, model: nn.Module) -> Iterable[str]:
         names = matching(model, self.modules_to_save)
@@ -73,6 +131,123 @@ class LoRA(PEFTStrategy):
             sites = self._selection(model).modules.items()
             names += [f"{name}.bias" for name, module in sites if getattr(module, "bias", None) is not None]
         return names
+
+    def prepare(self, adapter: Adapter, material: Material) -> None:
+        """EVA: set A from the inputs that the layers have on the training rows, and settle the ranks."""
+        if self.init_lora_weights != "eva":
+            return
+        sites = {site: delta for site, delta in adapter.sites.items() if isinstance(delta, EvaLoRA)}
+        ranks = {site: self._rank(site) for site in sites}
+        limits = {
+            site: min(round(self.eva_rho * rank), largest_rank(adapter.model.get_submodule(site)))
+            for site, rank in ranks.items()
+        }
+        starts = settle(adapter.model, ranks, limits, material.batches(), self.eva_tau)
+        for site, directions in starts.items():
+            sites[site].start_at(directions)
+        settled = self._settled(adapter)
+        self.rank_pattern, self.alpha_pattern = settled.rank_pattern, settled.alpha_pattern
+
+    def learning_rates(self, adapter: Adapter) -> Mapping[str, float]:
+        """LoRA+: B of the linear layers and convolutions, which starts at zero and makes the output, learns faster."""
+        if self.lora_plus_ratio is None:
+            return {}
+        faster = {id(delta.B) for delta in adapter.sites.values() if isinstance(delta, LinearLoRA)}
+        return {name: self.lora_plus_ratio for name, p in adapter.parameters().items() if id(p) in faster}
+
+    def finished(self, adapter: Adapter) -> "LoRA":
+        """Plain LoRA: of the doubled rank for PiSSA and OLoRA, of the settled ranks for EVA."""
+        if self.init_lora_weights == "eva":
+            return self._settled(adapter)
+        if self.init_lora_weights not in FROM_WEIGHT:
+            return self
+        more = math.sqrt(2) if self.use_rslora else 2
+        return replace(
+            self,
+            init_lora_weights="default",
+            pissa_niter=None,
+            rank=2 * self.rank,
+            alpha=more * self.alpha,
+            rank_pattern={pattern: 2 * rank for pattern, rank in self.rank_pattern.items()},
+            alpha_pattern={pattern: more * alpha for pattern, alpha in self.alpha_pattern.items()},
+        )
+
+    def start_at(self, site: str, module: nn.Module) -> Factors:
+        """Where A and B of a linear layer start with pissa or olora."""
+        return start_from(module, self._rank(site), self._scale(site), self.init_lora_weights, self.pissa_niter)
+
+    def _settled(self, adapter: Adapter) -> "LoRA":
+        """The recipe with the ranks that EVA chose, and with alphas that leave each layer's scale as it was."""
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        for site, delta in adapter.sites.items():
+            rank, own = len(delta.get_parameter("A")), self._rank(site)
+            alpha = self._alpha(site)
+            if rank != own:
+                alpha *= math.sqrt(rank / own) if self.use_rslora else rank / own
+            if rank != self.rank:
+                ranks[f"^{re.escape(site)}"] = rank
+            if alpha != self.alpha:
+                alphas[f"^{re.escape(site)}"] = alpha
+        return replace(self, rank_pattern=ranks, alpha_pattern=alphas)
+
+    def _rank(self, site: str) -> int:
+        return pattern_value(self.rank_pattern, site, self.rank)
+
+    def _alpha(self, site: str) -> float:
+        return pattern_value(self.alpha_pattern, site, self.alpha)
+
+    def _scale(self, site: str) -> float:
+        rank = self._rank(site)
+        return self._alpha(site) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _delta(self, name: str, module: nn.Module) -> Delta:
+        rank, gaussian = self._rank(name), self.init_lora_weights == "gaussian"
+        scale = self._scale(name)
+        if self.init_lora_weights in (*FROM_WEIGHT, "eva") and not is_linear(module):
+            raise UserError(
+                f"LoRA's init_lora_weights {self.init_lora_weights} is for linear layers; {name} is a "
+                f"{type(module).__name__}. Leave it out (exclude_modules), or choose default or gaussian."
+            )
+        if self.use_dora and not module.get_parameter("weight").is_floating_point():
+            raise UserError(
+                f"LoRA's use_dora needs the weight of {name} as numbers, and it is quantized. Leave use_dora out."
+            )
+        if isinstance(module, nn.Embedding):
+            sizes = (rank, module.num_embeddings, module.embedding_dim, scale)
+            return EmbeddingDoRA(*sizes, module) if self.use_dora else EmbeddingLoRA(*sizes)
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            self._check_groups(name, module, rank)
+        shapes = matrix_shapes(module, rank)
+        if self.init_lora_weights == "eva":
+            return EvaLoRA(*shapes, scale, self.dropout)
+        if self.init_lora_weights in FROM_WEIGHT:
+            return DifferenceLoRA(*shapes, scale, self.dropout, self.start_at(name, module))
+        if self.use_dora:
+            kind = LinearDoRA if is_linear(module) else ConvDoRA
+            return kind(*shapes, scale, self.dropout, gaussian, module)
+        return (LinearLoRA if is_linear(module) else ConvLoRA)(*shapes, scale, self.dropout, gaussian)
+
+    def _check_groups(self, name: str, module: nn.Conv1d | nn.Conv2d, rank: int) -> None:
+        if rank % module.groups:
+            raise UserError(f"{name} is a convolution of {module.groups} groups: its rank {rank} must be a multiple.")
+        if self.use_dora and module.groups > 1:
+            raise UserError(
+                f"LoRA's use_dora cannot serve {name}, a convolution of {module.groups} groups: the changed weight, "
+                "whose norms it trains, does not exist there. Leave it out (exclude_modules)."
+            )
+
+    def _check_ranks(self, sites: Mapping[str, nn.Module]) -> None:
+        limits = {name: largest_rank(module) for name, module in sites.items()}
+        wasted = [name for name, limit in limits.items() if self._rank(name) > limit]
+        if wasted:
+            each = (f"{name} (rank {self._rank(name)}, at most {limits[name]})" for name in wasted)
+            leaf = wasted[0].rpartition(".")[2]
+            raise UserError(
+                f"LoRA's rank is above the smaller side of {listed(each, 3)}; more of it changes nothing. Set rank to "
+                f"{min(limits.values())} or below, or rank_pattern: {{{leaf}: {limits[wasted[0]]}}}, or leave the "
+                "layers out (exclude_modules)."
+            )
 
     def _selection(self, model: nn.Module) -> Selection:
         whole = _trained_whole(model) + matching(model, self.modules_to_save)
@@ -88,88 +263,3 @@ def _trained_whole(model: nn.Module) -> list[str]:
     """Modules whose weight is already trained: a head takes no LoRA on top."""
     weights = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
     return [name for name, weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]
-
-
-def _delta_for(name: str, module: nn.Module, rank: int, scale: float, dropout: float) -> Delta:
-    if is_linear(module):
-        inputs, outputs = widths(module)
-        return LinearLoRA((rank, inputs), (outputs, rank), scale, dropout)
-    if isinstance(module, nn.Embedding):
-        return EmbeddingLoRA(rank, module.num_embeddings, module.embedding_dim, scale)
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        if rank % module.groups:
-            raise UserError(f"{name} is a convolution of {module.groups} groups: its rank {rank} must be a multiple.")
-        ones = (1,) * len(module.kernel_size)
-        return ConvLoRA(
-            (rank, module.in_channels, *module.kernel_size),
-            (module.out_channels, rank // module.groups, *ones), scale, dropout,
-        )  # fmt: skip
-    raise UserError(f"LoRA cannot adapt {name}, a {type(module).__name__}.")
-
-
-class LinearLoRA(Delta):
-    """h = W x + b + s B A dropout(x), with A (rank, in), B (out, rank), s = alpha / rank (equation 3).
-
-    A starts uniform in ±1/√in, B at zero, so that the output is unchanged at the start.
-    """
-
-    def __init__(self, shape_a: tuple[int, ...], shape_b: tuple[int, ...], scale: float, dropout: float) -> None:
-        super().__init__()
-        self.A = nn.Parameter(torch.empty(shape_a, dtype=torch.float32, device="cpu"))
-        self.B = nn.Parameter(torch.empty(shape_b, dtype=torch.float32, device="cpu"))
-        self.scale = scale
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        # A is drawn twice and B once in vain: the same random numbers as HF PEFT, so that a seed gives its weights.
-        for parameter in (self.A, self.B, self.A):
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-        nn.init.zeros_(self.B)
-
-    def forward(self, base: Base, x: Tensor) -> Tensor:
-        y: Tensor = base(x)
-        update = F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A), self.B) * self.scale
-        return (y + update).to(y.dtype)
-
-
-class ConvLoRA(LinearLoRA):
-    """As `LinearLoRA`: A (rank, in, *kernel) convolves as the base does, B (out, rank / groups, 1...) is pointwise."""
-
-    def forward(self, base: Base, x: Tensor) -> Tensor:
-        y: Tensor = base(x)
-        module = base.module
-        assert isinstance(module, nn.Conv1d | nn.Conv2d)
-        inner = _convolve(module, self.dropout(x.to(self.A.dtype)), self.A)
-        convolve = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
-        update = convolve(inner, self.B, groups=module.groups)
-        return (y + update * self.scale).to(y.dtype)
-
-
-class EmbeddingLoRA(Delta):
-    """h = E[x] + s B A[:, x], with A (rank, vocabulary), B (dim, rank). A starts at zero, B normal."""
-
-    def __init__(self, rank: int, vocabulary: int, dim: int, scale: float) -> None:
-        super().__init__()
-        # Drawn, then drawn again or zeroed: the same random numbers as HF PEFT.
-        self.A = nn.Parameter(torch.randn(rank, vocabulary, dtype=torch.float32, device="cpu"))
-        self.B = nn.Parameter(torch.randn(dim, rank, dtype=torch.float32, device="cpu"))
-        self.scale = scale
-        nn.init.zeros_(self.A)
-        nn.init.normal_(self.B)
-
-    def forward(self, base: Base, x: Tensor) -> Tensor:
-        y: Tensor = base(x)
-        table = base.module
-        assert isinstance(table, nn.Embedding)
-        inner = F.embedding(x, self.A.T, table.padding_idx)
-        # Gemma multiplies its embeddings by a constant; the update belongs to the table, so it is multiplied too.
-        scale = self.scale * getattr(table, "embed_scale", 1.0)
-        return (y + F.linear(inner, self.B) * scale).to(y.dtype)
-
-
-def _convolve(module: nn.Conv1d | nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve `x` with `weight` as `module` does, but without its bias and over all channels at once."""
-    padding: Any = module.padding
-    if module.padding_mode != "zeros":
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        padding = 0
-    convolve: Any = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
-    return convolve(x, weight, None, module.stride, padding, module.dilation)

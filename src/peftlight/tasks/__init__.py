@@ -2,7 +2,18 @@
 
 from peftlight.tasks.base import PEFTModule
 from peftlight.tasks.causal_lm import CausalLM
+from peftlight.tasks.image_classification import ImageClassification
 from peftlight.tasks.schedule import LinearWarmup
+from peftlight.tasks.seq2seq import Seq2Seq
 from peftlight.tasks.sequence_classification import SequenceClassification
+from peftlight.tasks.token_classification import TokenClassification
 
-__all__ = ["CausalLM", "LinearWarmup", "PEFTModule", "SequenceClassification"]
+__all__ = [
+    "CausalLM",
+    "ImageClassification",
+    "LinearWarmup",
+    "PEFTModule",
+    "Seq2Seq",
+    "SequenceClassification",
+    "TokenClassification",
+]

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from peftlight.errors import UserError, listed
 from peftlight.liveness import Liveness, Verdict
-from peftlight.pretrained import Dtype, Source
+from peftlight.pretrained import Dtype, Source, checkpoint_gradients
 from peftlight.strategy import Adapter, Material, PEFTStrategy, attach
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.label_window import LabelWindow
@@ -101,9 +101,9 @@ class PEFTModule(LightningModule):
             heads = self.heads(model, new) if self.trained_modules is None else self.trained_modules
             adapter = attach(model, self.strategy, modules_to_train=heads)
             self._refuse_untrained(adapter, new)
-            _put_into_float32(adapter)
+            adapter.train_in_float32()
             if self.gradient_checkpointing:
-                _checkpoint_gradients(model)
+                checkpoint_gradients(model)
             self.model, self.adapter = model, adapter  # only now: a second try must meet the same errors
             self._prepare_strategy()
         self._check_precision()
@@ -244,7 +244,9 @@ class PEFTModule(LightningModule):
         self._last_step = self.trainer.global_step
         if _overrides(self.strategy, "after_step"):
             self.strategy.after_step(self.adapter, self._last_step, self.total_steps())
-        self.log_dict(dict(self.strategy.figures(self.adapter)))
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from outside
+        if every and self._last_step % every == 0:  # as often as a logger writes: these may be a hundred numbers
+            self.log_dict(dict(self.strategy.figures(self.adapter)))
         now = time.monotonic()
         self.log("tokens_per_second", self._tokens * self.trainer.world_size / (now - self._since), prog_bar=True)
         self._tokens, self._since = 0, now
@@ -342,21 +344,3 @@ class PEFTModule(LightningModule):
 
 def _overrides(strategy: PEFTStrategy, hook: str) -> bool:
     return getattr(type(strategy), hook) is not getattr(PEFTStrategy, hook)
-
-
-def _checkpoint_gradients(model: nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
-        raise UserError(
-            f"model.gradient_checkpointing was asked for, but {type(model).__name__} does not offer it. Leave it out."
-        )
-    enable({"use_reentrant": False})
-
-
-def _put_into_float32(adapter: Adapter) -> None:
-    """What trains, and the vectors beside it: a normalisation takes weight and bias in one precision only."""
-    for name, parameter in adapter.parameters().items():
-        beside = adapter.model.get_submodule(name.rpartition(".")[0]).parameters(recurse=False)
-        for each in [parameter, *(other for other in beside if other.dim() == parameter.dim() == 1)]:
-            if each.dtype in _HALF:
-                each.data = each.data.float()

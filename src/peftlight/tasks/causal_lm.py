@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from peftlight.errors import UserError
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.base import PEFTModule
+from peftlight.tasks.kinds import check_kinds
+from peftlight.tasks.token_losses import TokenLosses, token_loss
 
 
 class CausalLM(PEFTModule):
@@ -30,7 +30,11 @@ class CausalLM(PEFTModule):
         super().__init__(base_model, strategy, **options)
         self.max_new_tokens = max_new_tokens
         self.hparams["max_new_tokens"] = max_new_tokens
-        self.losses = nn.ModuleDict({f"{stage}_mean": MeanMetric() for stage in ("val", "test")})
+        self.losses = TokenLosses()
+
+    def configure_model(self) -> None:
+        check_kinds(self, encoder_decoder=False)
+        super().configure_model()
 
     def heads(self, model: nn.Module, new: Any) -> list[str]:
         return []  # a language model's head is pretrained; a new one is random, which is refused
@@ -54,26 +58,13 @@ class CausalLM(PEFTModule):
             )
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        logits, labels = self.logits(batch)[:, :-1], batch["labels"][:, 1:]
-        loss_sum = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-        )  # fmt: skip
-        return loss_sum, (labels != -100).sum()
+        return token_loss(self.logits(batch)[:, :-1], batch["labels"][:, 1:])
 
     def evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
-        loss_sum, labels = self.loss(batch)
-        self._mean(stage).update(loss_sum / labels.clamp(min=1), weight=labels)
+        self.losses.add(stage, *self.loss(batch))
 
     def report(self, stage: str) -> None:
-        mean = self._mean(stage)
-        loss = mean.compute()
-        mean.reset()
-        self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": torch.exp(loss)}, prog_bar=True)
-
-    def _mean(self, stage: str) -> MeanMetric:
-        mean = self.losses[f"{stage}_mean"]
-        assert isinstance(mean, MeanMetric)
-        return mean
+        self.log_dict(self.losses.take(stage), prog_bar=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: its id, the prompt, and what the model writes after it."""

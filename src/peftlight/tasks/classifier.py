@@ -1,10 +1,10 @@
 """What tasks with classes share: how many there are and what they are called, the loss, and metrics for each stage."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
@@ -12,12 +12,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from peftlight.errors import UserError
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.base import PEFTModule
+from peftlight.tasks.kinds import refuse_other_data
+from peftlight.tasks.token_losses import IGNORED, TokenLosses, token_loss
 
-IGNORED = -100
-"""The label of what is not scored; every other label below 0 is taken for it."""
 
-
-class Classifier(PEFTModule):
+class Classifier(PEFTModule, ABC):
     """One class for each text, word or image: logits (..., classes) against labels (...), those below 0 left out."""
 
     def __init__(
@@ -39,7 +38,7 @@ class Classifier(PEFTModule):
         super().__init__(base_model, strategy, **options)
         self.num_labels, self.label_names = num_labels, label_names
         self.hparams.update(num_labels=num_labels, label_names=label_names)
-        self.metrics = nn.ModuleDict()
+        self.metrics, self.losses = nn.ModuleDict(), TokenLosses()
 
     def scores(self, classes: int) -> dict[str, Metric]:
         """The metrics of a stage by name; they meet guesses and labels, both (...), with -100 where there is none."""
@@ -48,7 +47,12 @@ class Classifier(PEFTModule):
             "f1": MulticlassF1Score(classes, average="macro", ignore_index=IGNORED),
         }
 
+    @abstractmethod
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """One record for each row, with its id."""
+
     def configure_model(self) -> None:
+        refuse_other_data(type(self), self._datamodule())
         self._settle_labels()
         super().configure_model()
         if not self.metrics:
@@ -90,24 +94,39 @@ class Classifier(PEFTModule):
         return list(dict.fromkeys([*super().heads(model, new), *(beside if has_backbone else [])]))
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return _summed(self.logits(batch), _targets(batch["labels"]))
+        return token_loss(self.logits(batch), _targets(batch["labels"]))
 
     def evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         logits, targets = self.logits(batch), _targets(batch["labels"])
-        loss_sum, count = _summed(logits, targets)
+        loss_sum, count = token_loss(logits, targets)
+        self.losses.add(stage, loss_sum, count)
         if count:  # torchmetrics fails on nothing
             self._metrics_of(stage).update(logits.argmax(-1), targets)
-        self.log(f"{stage}_loss", loss_sum / count.clamp(min=1), batch_size=int(count), on_epoch=True, sync_dist=True)
 
     def report(self, stage: str) -> None:
         metrics = self._metrics_of(stage)
-        values = metrics.compute()
+        values = {"loss": self.losses.take_mean(stage), **metrics.compute()}
         metrics.reset()
         self.log_values(stage, values)
 
     def log_values(self, stage: str, values: dict[str, Tensor]) -> None:
         """Log the metrics of a whole stage."""
         self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, prog_bar=True)
+
+    def records(self, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """For each row of logits (batch, classes): its id, the label, the label's probability, all probabilities."""
+        shares = self.logits(batch).float().softmax(-1)
+        assert self.label_names is not None
+        best = shares.max(-1)
+        return [
+            {
+                "id": int(row),
+                "label": self.label_names[int(index)],
+                "probability": float(share),
+                "probabilities": dict(zip(self.label_names, values.tolist(), strict=False)),
+            }
+            for row, index, share, values in zip(batch["row"], best.indices, best.values, shares, strict=True)
+        ]
 
     def _metrics_of(self, stage: str) -> MetricCollection:
         metrics = self.metrics[f"{stage}_metrics"]
@@ -120,13 +139,5 @@ def _in_another_order(names: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def _targets(labels: Tensor) -> Tensor:
+    """The labels, with every number below 0 as the one that is ignored."""
     return torch.where(labels >= 0, labels, IGNORED)
-
-
-def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits (..., classes) summed over the targets (...), and how many they are."""
-    flat = targets.flatten()
-    loss_sum = F.cross_entropy(
-        logits.reshape(len(flat), -1).float(), flat, ignore_index=IGNORED, reduction="sum"
-    )  # fmt: skip
-    return loss_sum, (flat != IGNORED).sum()

@@ -8,7 +8,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryF1Score, MulticlassConfusionMatrix
 
 from peftlight.strategy import PEFTStrategy
-from peftlight.tasks.classifier import IGNORED, Classifier
+from peftlight.tasks.classifier import Classifier
+from peftlight.tasks.token_losses import IGNORED
 
 _MOST_COUNTS_LOGGED = 5
 
@@ -55,18 +56,7 @@ class SequenceClassification(Classifier):
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: its id, the label, the label's probability, and all probabilities."""
-        shares = self.logits(batch).float().softmax(-1)
-        assert self.label_names is not None
-        best = shares.max(-1)
-        return [
-            {
-                "id": int(row),
-                "label": self.label_names[int(index)],
-                "probability": float(share),
-                "probabilities": dict(zip(self.label_names, values.tolist(), strict=False)),
-            }
-            for row, index, share, values in zip(batch["row"], best.indices, best.values, shares, strict=True)
-        ]
+        return self.records(batch)
 
     def scores(self, classes: int) -> dict[str, Metric]:
         own: dict[str, Metric] = {"confusion": MulticlassConfusionMatrix(classes, ignore_index=IGNORED)}

