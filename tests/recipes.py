@@ -6,32 +6,20 @@ from typing import Any
 
 import yaml
 
-import peftlight.strategies
 from peftlight import PEFTStrategy
+from peftlight.strategy_spec import as_strategy
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-TOKENS = list(range(2, 100))
-"""For trainable tokens: all that the tiny models' batches hold."""
+_SMALL = {"token_indices": list(range(2, 100)), "rank": 8}
+"""What fits the tiny models instead: all tokens of their batches, and their widths."""
 
 
 def made(spec: Any) -> PEFTStrategy:
-    """The strategy that a YAML describes, by a short name or by class_path and init_args."""
+    """The strategy that a YAML describes, by its name alone or by class_path and init_args."""
     if isinstance(spec, str):
-        spec = {"class_path": spec}
-    arguments = {name: _value(value) for name, value in (spec.get("init_args") or {}).items()}
-    if "token_indices" in arguments:
-        arguments["token_indices"] = TOKENS
-    if "rank" in arguments:
-        arguments["rank"] = min(arguments["rank"], 8)
-    strategy: PEFTStrategy = getattr(peftlight.strategies, spec["class_path"])(**arguments)
-    return strategy
-
-
-def _value(value: Any) -> Any:
-    """A list of strategies (a stack's) is made too."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [made(item) for item in value]
-    return value
+        spec = {"class_path": spec, "init_args": {}}
+    arguments = spec["init_args"]
+    return as_strategy({**spec, "init_args": {**arguments, **{k: v for k, v in _SMALL.items() if k in arguments}}})
 
 
 def _strategy_of(path: Path) -> Any:

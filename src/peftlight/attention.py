@@ -68,7 +68,8 @@ def check_prefixable(name: str, module: nn.Module) -> None:
     Raises:
         UserError: it does not look its function up, or looks up one that takes no prefix.
     """
-    if "config" not in vars(module) or "ALL_ATTENTION_FUNCTIONS" not in _forward_of(module).__code__.co_names:
+    looks_it_up = {"ALL_ATTENTION_FUNCTIONS", _own_function(module)} <= set(_forward_of(module).__code__.co_names)
+    if "config" not in vars(module) or not looks_it_up:
         raise UserError(
             f"The attention {name!r}, a {type(module).__name__}, takes no prefix: it computes its scores itself. Those "
             "of transformers 5 that look their function up do (BERT, Llama, GPT-2, T5, ViT, ...). Choose LoRA instead."
@@ -170,6 +171,11 @@ def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tenso
     if name not in (None, "eager"):
         registered: Callable[..., Any] = forward.__globals__["ALL_ATTENTION_FUNCTIONS"][name]
         return registered
-    own = next(used for used in forward.__code__.co_names if used.endswith("eager_attention_forward"))
-    function: Callable[..., Any] = forward.__globals__[own]
+    function: Callable[..., Any] = forward.__globals__[str(_own_function(module))]
     return function
+
+
+def _own_function(module: nn.Module) -> str | None:
+    """The name of the function for "eager" that the module's forward speaks of; a file may have several."""
+    names = _forward_of(module).__code__.co_names
+    return next((name for name in names if name.endswith("eager_attention_forward")), None)

@@ -34,6 +34,8 @@ class PEFTStrategy:
     """Whether the base's values are kept while they are trained in place, so that `Adapter.remove` restores them."""
     starts_unchanged: bool = True
     """Whether the model computes the same right after `attach` as before."""
+    looks_at_data: bool = True
+    """Whether `prepare`, where a strategy has one, has anything to do."""
 
     def deltas(self, model: nn.Module) -> Iterable[tuple[str, Delta]]:
         """Pairs (module name, delta) to install, one for each module. The base is frozen when this is called."""

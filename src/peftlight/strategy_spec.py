@@ -19,7 +19,7 @@ class StrategySpec(TypedDict):
 def spec_of(strategy: PEFTStrategy) -> StrategySpec:
     """The strategy as plain data."""
     kind = type(strategy)
-    names = [field.name for field in dataclasses.fields(strategy)] if dataclasses.is_dataclass(strategy) else []
+    names: list[str] = [field.name for field in dataclasses.fields(strategy)] if dataclasses.is_dataclass(strategy) else []
     arguments = {name: _plain(getattr(strategy, name)) for name in names}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
@@ -34,7 +34,7 @@ def _plain(value: Any) -> Any:
 def as_strategy(given: PEFTStrategy | Mapping[str, Any]) -> PEFTStrategy:
     """A strategy from plain data; a strategy is returned as it is.
 
-    Only classes that are already imported are found: a file cannot name code to run.
+    Only classes that are already imported are found: a file cannot name code to run. Ours are found by name alone too.
 
     Raises:
         UserError: there is no such class, or it does not take these arguments.
@@ -45,13 +45,15 @@ def as_strategy(given: PEFTStrategy | Mapping[str, Any]) -> PEFTStrategy:
 
     path = str(given["class_path"])
     known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(PEFTStrategy)}
-    if path not in known:
+    short = {kind.__name__: kind for name, kind in known.items() if name.startswith("peftlight.strategies.")}
+    kind = known.get(path) or short.get(path)
+    if kind is None:
         raise UserError(
             f"The strategy {path} is not known.{nearest(path, known)} "
             f"If it is yours, import its module first. Known: {listed(sorted(known))}."
         )
     try:
-        return known[path](**{name: _made(value) for name, value in given["init_args"].items()})
+        return kind(**{name: _made(value) for name, value in given["init_args"].items()})
     except TypeError as error:
         raise UserError(f"The strategy {path} does not take what was saved: {error}") from error
 

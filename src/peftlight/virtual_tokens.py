@@ -17,6 +17,9 @@ from peftlight.errors import UserError
 
 Inputs = dict[str, Any]
 
+_BY_TOKEN = ("inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "global_attention_mask")
+"""Inputs with a value for each token; the last is Longformer's."""
+
 
 @dataclass(frozen=True)
 class Entrance:
@@ -97,9 +100,7 @@ class VirtualTokens(Delta):
         self.extend(inputs, "token_type_ids", 0)
         self.extend(inputs, "global_attention_mask", 0)
         self.enter(base.module, inputs)
-        self.arrange(
-            inputs, mask, "attention_mask", "inputs_embeds", "token_type_ids", "position_ids", "global_attention_mask"
-        )
+        self.arrange(inputs, mask, *_BY_TOKEN)
         kept = slice(-length, None) if mask is None or not self.behind_padding else real_places(mask, self.count)
         if inputs.get("return_dict") is False:
             return real_ones(base(**inputs | {"return_dict": True}), kept).to_tuple()
@@ -144,10 +145,10 @@ class VirtualTokens(Delta):
     def _check_room(self, length: int) -> None:
         most = self.entrance.positions
         if most is not None and length + self.count > most:
+            fewer = f", or set num_virtual_tokens to {most - length} or less" if length < most else ""
             raise UserError(
                 f"Rows of {length} tokens and {self.count} virtual tokens need {length + self.count} positions, but "
-                f"the model has {most}. Cut rows to {most - self.count} tokens (data.max_length), or set "
-                f"num_virtual_tokens to {max(most - length, 0)} or less."
+                f"the model has {most}. Cut rows to {most - self.count} tokens (data.max_length){fewer}."
             )
 
     def _positions(self, inputs: Inputs, length: int, cached: bool) -> Tensor | None:

@@ -18,7 +18,7 @@ from models import MODELS, inputs_for, make
 from peftlight import Adapter, PEFTStrategy, attach, load_adapter, save_adapter
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
-from peftlight.strategies import BitFit, Full, LoRA
+from peftlight.strategies import BitFit, Full, LoRA, Stack
 from strategies.against_peft import assert_near, output
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -100,6 +100,19 @@ def test_peft_and_we_read_what_we_write(name: str, variant: str, tmp_path: Path)
     save_adapter(again, tmp_path / "again")
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_twice_a_large_rank_is_read_again(stacked: bool, tmp_path: Path) -> None:
+    """A rank above the layer's width is refused of a recipe, and is right for a PiSSA that was saved."""
+    strategy: PEFTStrategy = LoRA(rank=20, init_lora_weights="pissa")
+    strategy = Stack([strategy, BitFit()]) if stacked else strategy
+    base, adapter = saved("bert", strategy, tmp_path, ["classifier"])
+    expected = computed(adapter.model, inputs_for("bert"))
+    again = load_adapter(copy.deepcopy(base), tmp_path)
+    assert torch.equal(computed(again.model, inputs_for("bert")), expected)
+    if not stacked:
+        assert_near(computed(quietly(base, tmp_path), inputs_for("bert")), expected)
 
 
 @pytest.mark.parametrize("variant", ["plain", "all biases"])

@@ -20,6 +20,8 @@ from strategies.against_peft import loss_of, losses, output
 STRATEGIES: dict[str, Callable[[], PEFTStrategy]] = {
     "lora": lambda: LoRA(rank=4),
     "lora with biases": lambda: LoRA(rank=4, bias="all", target_modules="all-linear"),
+    "dora": lambda: LoRA(rank=4, use_dora=True),
+    "pissa": lambda: LoRA(rank=4, init_lora_weights="pissa"),
     "bitfit": BitFit,
     "full": Full,
 }

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_scales_stay_and_the_recipe_says_the_ranks(rslora: bool) -> None:
     assert sum(ranks.values()) == 4 * len(ranks)
     assert len(set(ranks.values())) > 1
     assert max(ranks.values()) <= 8
-    again = attach(make("bert"), LoRA(**copy.deepcopy(strategy.__dict__)))
+    again = attach(make("bert"), replace(strategy))
     assert {site: len(delta.get_parameter("A")) for site, delta in again.sites.items()} == ranks
     for site, delta in again.sites.items():
         assert delta.scale == pytest.approx(before[site], rel=1e-12)
@@ -189,9 +190,7 @@ def test_it_trains_after_it_saw_data_and_not_before() -> None:
     model, strategy = make("bert"), LoRA(rank=4, init_lora_weights="eva")
     adapter = attach(model, strategy)
     before = output(model, inputs_for("bert"))
-    with pytest.raises(
-        UserError, match=r"data that it has not seen.*strategy.prepare\(adapter, material\)"
-    ):
+    with pytest.raises(UserError, match=r"data that it has not seen.*strategy.prepare\(adapter, material\)"):
         model.train()(**inputs_for("bert"))
     strategy.prepare(adapter, material("bert"))
     assert model.training
@@ -255,6 +254,21 @@ def test_a_state_of_settled_ranks_fits_a_fresh_adapter() -> None:
 def module() -> SequenceClassification:
     strategy = LoRA(rank=4, init_lora_weights="eva", target_modules="all-linear", lora_plus_ratio=4.0)
     return SequenceClassification(make("bert"), strategy, trained_modules=["classifier"], lr_scheduler=constant)
+
+
+def test_a_base_in_half_precision(tmp_path: Path) -> None:
+    """The head stays in float32, so the looking happens under the training's autocast too."""
+    strategy = LoRA(rank=2, init_lora_weights="eva")
+    task = SequenceClassification(make("bert").bfloat16(), strategy, trained_modules=["classifier"])
+    data = loader(batches(class_rows([9, 8, 7, 6], [0, 2, 1, 1]), 2))
+    quiet_trainer(tmp_path, precision="bf16-mixed").fit(task, data)
+    assert task.verdict is not None
+    assert not task.verdict.still
+
+
+def test_plain_lora_looks_at_no_data() -> None:
+    assert not LoRA().looks_at_data
+    assert LoRA(init_lora_weights="eva").looks_at_data
 
 
 def test_a_fit_looks_at_the_data_first_and_resumes_to_the_same_end(tmp_path: Path) -> None:

@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 
 from models import MODELS, inputs_for, make
 from peftlight import Adapter, attach, load_adapter, save_adapter
 from peftlight.errors import UserError
 from peftlight.strategies import HyperLoRA, LoRA
-from strategies.against_peft import by_our_names, loss_of, losses, output
+from strategies.against_peft import by_our_names, loss_of, losses, output, relative_error
 from strategies.small import stirred
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
-def written(adapter: Adapter, site: str, layer: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+def written(adapter: Adapter, layer: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Equation 4 written out with the parameters by name: the factors of one site."""
     first = next(iter(adapter.sites))
     own = {name.removeprefix(f"{first}.deltas.default.network."): p for name, p in adapter.parameters().items()}
@@ -33,30 +32,34 @@ def written(adapter: Adapter, site: str, layer: int, kind: int) -> tuple[torch.T
     return a.view(4, -1), b.view(-1, 4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_it_equals_a_lora_with_the_factors_of_the_equation(name: str) -> None:
-    model, plain = make(name).double(), make(name).double()
-    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs_for(name).items()}
+def parity(architecture: str) -> dict[str, float]:
+    """The errors beside a LoRA with the equation's factors, in float64: the network amplifies what float32 rounds."""
+    model, plain = make(architecture).double(), make(architecture).double()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs_for(architecture).items()}
     adapter = stirred(attach(model, HyperLoRA(rank=4, alpha=12)), 0.3)
     lora = attach(plain, LoRA(rank=4, alpha=12))
     places = [re.match(r".*?\.\d+", site)[0] for site in lora.sites]
     layers = list(dict.fromkeys(places))
     kinds = list(dict.fromkeys(site.rpartition(".")[2] for site in lora.sites))
-    gradients = {}
+    factors = []
     for site, place in zip(lora.sites, places, strict=True):
-        a, b = written(adapter, site, layers.index(place), kinds.index(site.rpartition(".")[2]))
-        gradients[site] = (a, b)
-        with torch.no_grad():
-            lora.sites[site].A.copy_(a)
-            lora.sites[site].B.copy_(b)
-    assert torch.allclose(output(model, inputs), output(plain, inputs), atol=1e-10)
+        factors += written(adapter, layers.index(place), kinds.index(site.rpartition(".")[2]))
+    own = list(lora.parameters().values())
+    with torch.no_grad():
+        for parameter, factor in zip(own, factors, strict=True):
+            parameter.copy_(factor)
+    outputs = relative_error(output(model, inputs), output(plain, inputs))
     loss_of(model, inputs).backward()
     loss_of(plain, inputs).backward()
-    (task,) = [p for key, p in adapter.parameters().items() if key.endswith("task")]
-    found = [(factor, p.grad) for site, pair in gradients.items()
-             for factor, p in zip(pair, (lora.sites[site].A, lora.sites[site].B), strict=True)]  # fmt: skip
-    expected = torch.autograd.grad([factor for factor, _ in found], task, [grad for _, grad in found])[0]
-    assert torch.allclose(task.grad, expected, atol=1e-10)
+    trained = list(adapter.parameters().values())
+    expected = torch.autograd.grad(factors, trained, [parameter.grad for parameter in own])
+    gradients = max(relative_error(p.grad, gradient) for p, gradient in zip(trained, expected, strict=True))
+    return {"outputs": outputs, "gradients": gradients}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_equals_a_lora_with_the_factors_of_the_equation(name: str) -> None:
+    assert max(parity(name).values()) < 1e-10
 
 
 def test_it_starts_unchanged_and_trains_every_tensor() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from models import MODELS, inputs_for, make
 from peftlight import attach
 from peftlight.strategies import LoRA
-from strategies.against_peft import assert_near, by_our_names, loss_of, losses, output, pair, stir
+from strategies.against_peft import assert_near, by_our_names, loss_of, losses, output, pair, parity_of, stir
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -49,6 +49,10 @@ def recipes(name: str, variant: str = "plain", targets: list[str] | None = None)
         LoRA(rank=4, alpha=12, target_modules=targets, **ours),
         LoraConfig(r=4, lora_alpha=12, target_modules=targets, **theirs),
     )
+
+
+def parity(architecture: str) -> dict[str, float]:
+    return parity_of(architecture, *recipes(architecture))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -11,6 +11,8 @@ from torch import nn
 from peftlight.delta import CHILD
 from peftlight.errors import UserError
 from peftlight.interop.contents import Config, Contents, Tensors
+from peftlight.strategies.lora import LoRA
+from peftlight.strategies.stack import Stack
 from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 
@@ -40,6 +42,9 @@ def from_own(config: Config, tensors: Tensors, model: nn.Module, name: str = "de
     if not isinstance(trained, list) or not all(isinstance(entry, str) for entry in trained):
         raise UserError(f"'trained' is {trained!r}; expected a list of names.")
     strategy = as_strategy(spec)
+    for part in strategy.strategies if isinstance(strategy, Stack) else [strategy]:
+        if isinstance(part, LoRA):
+            part.refuses_wasted_rank = False  # a PiSSA is saved with twice its rank
     if config["peft_type"] != _type_of(strategy):
         raise UserError(f"peft_type is {config['peft_type']!r}, but its strategy is a {type(strategy).__name__}.")
     plain, named = f"{CHILD}.", f"{CHILD}.{name}."

@@ -86,6 +86,7 @@ class LoRA(PEFTStrategy):
         if not 0 <= self.dropout < 1:
             raise UserError(f"LoRA's dropout is a share from 0 up to, not including, 1; got {self.dropout}.")
         self._check_options()
+        self.looks_at_data = self.init_lora_weights == "eva"
 
     def _check_options(self) -> None:
         start, starts = self.init_lora_weights, get_args(Start)

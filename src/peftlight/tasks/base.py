@@ -65,9 +65,9 @@ class PEFTModule(LightningModule):
         self.adapter: Adapter | None = None
         self.verdict: Verdict | None = None
         self._liveness: Liveness | None = None
-        self._window = LabelWindow(lambda value: self.trainer.strategy.reduce(value, reduce_op="sum"))
+        self._window = LabelWindow(self._summed_over_processes)
         self._last_step = 0
-        self._tokens: Tensor | int = 0
+        self._tokens: Tensor | None = None
         self._since = time.monotonic()
         self.save_hyperparameters(self._plain_hyperparameters(), logger=False)
 
@@ -129,19 +129,20 @@ class PEFTModule(LightningModule):
     def _prepare_strategy(self) -> None:
         """Let the strategy initialise from the training data, unless a training is resumed or none is to come."""
         trainer = self._trainer
-        if type(self.strategy).prepare is PEFTStrategy.prepare or not (trainer and trainer.training):
+        if not (_overrides(self.strategy, "prepare") and self.strategy.looks_at_data and trainer and trainer.training):
             return
         if trainer.ckpt_path is not None:
             return
         assert self.adapter is not None
+        self._check_precision()
         self.to(trainer.strategy.root_device)
         # Apart, and the same in every process: the order of the training rows does not depend on it.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
             torch.manual_seed(0)
             self.strategy.prepare(self.adapter, Material(self._training_inputs, self._token_ids))
 
     def _training_inputs(self) -> Iterator[Mapping[str, Tensor]]:
-        source = self._datamodule() or self.trainer.fit_loop._data_source.instance
+        source: Any = self._datamodule() or self.trainer.fit_loop._data_source.instance
         loader = source.train_dataloader() if hasattr(source, "train_dataloader") else source
         for batch in loader:
             yield self.inputs({key: value.to(self.device) for key, value in batch.items()})
@@ -201,7 +202,7 @@ class PEFTModule(LightningModule):
         if _overrides(self.strategy, "check_steps"):  # a run without an end may be all right
             self.strategy.check_steps(self.total_steps())
         self._last_step = self.trainer.global_step
-        self._tokens, self._since = 0, time.monotonic()
+        self._tokens, self._since = None, time.monotonic()
 
     def _freeze_statistics(self) -> None:
         """Running statistics that the adapter does not save are part of the frozen base."""
@@ -215,7 +216,8 @@ class PEFTModule(LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         loss_sum, labels = self.loss(batch)
         if "attention_mask" in batch:
-            self._tokens = self._tokens + batch["attention_mask"].sum()  # stays on the device: no waiting for it
+            tokens = batch["attention_mask"].sum()  # stays on the device: no waiting for it
+            self._tokens = tokens if self._tokens is None else self._tokens + tokens
         # The trainer divides by the first factor, the processes average over the second.
         return self._window.add(loss_sum, labels) * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
@@ -248,8 +250,9 @@ class PEFTModule(LightningModule):
         if every and self._last_step % every == 0:  # as often as a logger writes: these may be a hundred numbers
             self.log_dict(dict(self.strategy.figures(self.adapter)))
         now = time.monotonic()
-        self.log("tokens_per_second", self._tokens * self.trainer.world_size / (now - self._since), prog_bar=True)
-        self._tokens, self._since = 0, now
+        if self._tokens is not None:
+            self.log("tokens_per_second", self._tokens * self.trainer.world_size / (now - self._since), prog_bar=True)
+        self._tokens, self._since = None, now
 
     def on_train_end(self) -> None:
         self.audit()
@@ -262,7 +265,7 @@ class PEFTModule(LightningModule):
         return self.verdict
 
     def on_train_epoch_start(self) -> None:
-        self._tokens, self._since = 0, time.monotonic()  # validation between epochs is not training time
+        self._tokens, self._since = None, time.monotonic()  # validation between epochs is not training time
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         self.evaluate("val", batch)
@@ -308,12 +311,20 @@ class PEFTModule(LightningModule):
         checkpoint["hyper_parameters"] = {**self.hparams, "strategy": spec_of(self.strategy)}  # it may have been settled
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what is trained; strict about it, whatever is asked for, and silent about the frozen base."""
+        """Load what is trained; strict about it, whatever is asked for, and silent about the frozen base.
+
+        Processes that were started for a training hand back the whole model; of that, the base is here already.
+        """
         self.configure_model()
         assert self.adapter is not None
-        state = {key.removeprefix("model."): value for key, value in state_dict.items()}
+        base = {key for key in self.state_dict() if key not in self._own_state()}
+        state = {key.removeprefix("model."): value for key, value in state_dict.items() if key not in base}
         self.adapter.load_state(state, "the checkpoint")
         return _IncompatibleKeys([], [])
+
+    def _summed_over_processes(self, value: Tensor) -> Tensor:
+        total: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
+        return total
 
     def _own_state(self) -> set[str]:
         assert self.adapter is not None

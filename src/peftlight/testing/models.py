@@ -36,13 +36,13 @@ _TEXT: dict[str, Any] = {**_ENCODER, "vocab_size": VOCABULARY, "max_position_emb
 
 def bert(dropout: float = 0.0) -> nn.Module:
     """A BERT that classifies sequences."""
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    rates: dict[str, Any] = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     return BertForSequenceClassification(BertConfig(**_TEXT, **rates))
 
 
 def roberta(dropout: float = 0.0) -> nn.Module:
     """A RoBERTa that classifies sequences; its head has two layers."""
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    rates: dict[str, Any] = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     return RobertaForSequenceClassification(RobertaConfig(**_TEXT, **rates))
 
 
@@ -59,19 +59,20 @@ def llama_classifier(dropout: float = 0.0) -> nn.Module:
 
 def gpt2(dropout: float = 0.0) -> nn.Module:
     """A GPT-2 that predicts tokens; its output embedding is tied to the input's."""
-    rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    rates: dict[str, Any] = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=40, **rates))
 
 
 def t5(dropout: float = 0.0) -> nn.Module:
     """A T5 that writes one sequence from another."""
-    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=dropout, decoder_start_token_id=0))
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+                             "decoder_start_token_id": 0}  # fmt: skip
+    return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=dropout))
 
 
 def vit(dropout: float = 0.0) -> nn.Module:
     """A ViT that classifies images."""
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    rates: dict[str, Any] = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     return ViTForImageClassification(ViTConfig(**_ENCODER, image_size=16, patch_size=8, **rates))
 
 

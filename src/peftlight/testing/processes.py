@@ -36,7 +36,7 @@ def gradients_of_processes(cases: list[Case]) -> list[dict[str, Tensor]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-        mp.spawn(_one_process, (port, pickle.dumps(cases), file.name), nprocs=_PROCESSES)  # type: ignore[no-untyped-call]
+        mp.spawn(_one_process, (port, pickle.dumps(cases), file.name), nprocs=_PROCESSES)
         found: list[dict[str, Tensor]] = torch.load(file.name)
     return found
 

@@ -1,0 +1,118 @@
+"""Which strategy serves which task on which architecture, found by doing it: `python tests/compatibility.py` writes it.
+
+Each cell attaches the strategy of a YAML to a tiny model, trains three steps with all hooks, and sees that every trained
+tensor had a gradient.
+"""
+
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from peftlight.errors import UserError
+from peftlight.testing.models import CLASSES, inputs_for, make
+from peftlight.testing.training import Case, Training
+from recipes import RECIPES
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "compatibility.md"
+TASKS = {
+    "SequenceClassification": ("bert", "roberta", "llama", "gpt2", "t5"),
+    "TokenClassification": ("bert", "roberta", "llama", "gpt2", "t5"),
+    "CausalLM": ("llama", "gpt2"),
+    "Seq2Seq": ("t5",),
+    "ImageClassification": ("vit",),
+}
+"""The tasks and the architectures that transformers has a class for."""
+COLUMNS = [(task, architecture) for task, architectures in TASKS.items() for architecture in architectures]
+_NATIVE = {("SequenceClassification", "bert"), ("SequenceClassification", "roberta")}
+_INTRODUCTION = """# What works with what
+
+Written by `make tables` from what ran: the strategy of each YAML in `configs/` on a tiny model of each architecture, three
+training steps with all hooks, every trained tensor with a gradient. `tests/test_compatibility.py` runs every cell again.
+"""
+
+
+def outcome(recipe: str, task: str, architecture: str) -> str:
+    """ "" where the strategy trains the model for the task, else the reason why it was refused."""
+    case = Case(RECIPES[recipe], lambda: _model(task, architecture), _inputs(task, architecture))
+    try:
+        adapter = case.prepared()
+        losses = Training(adapter, case).run(last=3)
+    except UserError as error:
+        return str(error)
+    assert all(torch.isfinite(torch.tensor(losses)))
+    dead = [name for name, parameter in adapter.parameters().items() if parameter.grad is None]
+    assert not dead, dead
+    return ""
+
+
+def _model(task: str, architecture: str) -> nn.Module:
+    native = make(architecture)
+    if (task, architecture) in _NATIVE or task in ("CausalLM", "Seq2Seq", "ImageClassification"):
+        return native
+    torch.manual_seed(0)
+    config = native.config
+    config.pad_token_id, config.num_labels = 0, CLASSES
+    if architecture == "t5":
+        config.eos_token_id = 1
+    model: nn.Module = getattr(transformers, f"AutoModelFor{task}").from_config(config)
+    return model.eval()
+
+
+def _inputs(task: str, architecture: str) -> Mapping[str, Tensor]:
+    inputs = inputs_for(architecture)
+    if task == "SequenceClassification":
+        inputs["labels"] = inputs_for("bert")["labels"]
+        if architecture == "t5":
+            inputs["input_ids"][:, -3] = 1  # each row has one end
+    if task == "TokenClassification":
+        generator = torch.Generator().manual_seed(2)
+        inputs["labels"] = torch.randint(0, CLASSES, inputs["input_ids"].shape, generator=generator)
+    return inputs
+
+
+@cache
+def documented() -> dict[tuple[str, str, str], str]:
+    """The cells of the document: "yes", or "-" with the number of its reason."""
+    lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
+    cells = {}
+    for line in lines[2:]:
+        recipe, *marks = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for (task, architecture), mark in zip(COLUMNS, marks, strict=True):
+            cells[recipe, task, architecture] = mark
+    return cells
+
+
+def written() -> str:
+    """The whole document."""
+    reasons: list[str] = []
+    tasks = [f"{task}: {architecture}" for task, architecture in COLUMNS]
+    lines = ["| strategy | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    for recipe in RECIPES:
+        marks = [_mark(outcome(recipe, *column), reasons) for column in COLUMNS]
+        lines.append(f"| {recipe} | " + " | ".join(marks) + " |")
+    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([_INTRODUCTION, *lines, "", "Refused before training, with these words:", "", *notes, ""])
+
+
+def _mark(reason: str, reasons: list[str]) -> str:
+    if not reason:
+        return "yes"
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"no {reasons.index(reason) + 1}"
+
+
+def main(arguments: list[str]) -> Any:
+    """Write the document, or print it with --print."""
+    text = written()
+    return print(text) if "--print" in arguments else DOCUMENT.write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
