@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test quick lint types check clean
+.PHONY: demo test quick tables lint types check clean
 
 demo: $(READY)  ## fine-tune a real pretrained encoder with LoRA, offline
 	HF_HUB_OFFLINE=1 $(BIN)/peftlight fit --config configs/demo.yaml
@@ -15,6 +15,10 @@ test: $(READY)  ## the whole test suite
 
 quick: $(READY)  ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+tables: $(READY)  ## write docs/parity.md and docs/compatibility.md from what runs
+	OMP_NUM_THREADS=1 $(BIN)/python tests/parity.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/compatibility.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,12 +27,12 @@ def main() -> None:
     runs = [(name, seed) for seed in given.seeds for name in ("adalora", "lora")]
     with ThreadPoolExecutor(given.jobs) as pool:
         found = list(
-            pool.map(
-                lambda run: trained(*run, given.source, given.steps, **(LORA if run[0] == "lora" else {})), runs
-            )
+            pool.map(lambda run: trained(*run, given.source, given.steps, **(LORA if run[0] == "lora" else {})), runs)
         )
     rows = [{"strategy": name, **result} for (name, _), result in zip(runs, found, strict=True)]
-    (RESULTS / "adalora-against-lora.json").write_text(json.dumps({"steps": given.steps, "rows": rows}, indent=2) + "\n")
+    (RESULTS / "adalora-against-lora.json").write_text(
+        json.dumps({"steps": given.steps, "rows": rows}, indent=2) + "\n"
+    )
     for name in ("adalora", "lora"):
         accuracies = [row["accuracy"] for row in rows if row["strategy"] == name]
         print(f"{name}: {', '.join(f'{value:.1%}' for value in accuracies)}; mean {statistics.mean(accuracies):.1%}")

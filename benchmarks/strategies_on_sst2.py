@@ -2,9 +2,10 @@
 
     python benchmarks/strategies_on_sst2.py --source 'DATA/sst2_*.tsv'
 
-Each YAML is trained as it stands (its learning rate, its options), by the command line, for the same number of steps of
-32 rows. Step times are taken side by side in one process, one step of each in turn, and printed as ratios to LoRA's; peak
-memory is what a process of its own takes above what it had before the model was loaded. Needs the `demo` extra.
+Each YAML is trained as it stands (its learning rate, its options), by the command line, for the same number of steps
+of 32 rows. Step times are taken side by side in one process, one step of each in turn, and printed as ratios to
+LoRA's; peak memory is what a process of its own takes above what it had before the model was loaded. Needs the `demo`
+extra.
 """
 
 import argparse
@@ -40,7 +41,8 @@ def main() -> None:
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.memory:
-        return print(json.dumps(peak(given.memory)))
+        print(json.dumps(peak(given.memory)))
+        return
     names = given.only or names_of_all()
     jobs = [(name, seed) for name in names for seed in given.seeds]
     with ThreadPoolExecutor(given.jobs) as pool:
@@ -66,13 +68,15 @@ def trained(name: str, seed: int, source: str, steps: int, **changes: object) ->
     with tempfile.TemporaryDirectory() as folder:
         config = ROOT / "configs" / f"{'lora' if name == BASELINE else name}.yaml"
         options = {
-            **({"model.strategy": "head_only.HeadOnly"} if name == BASELINE else {}),
+            **({"model.strategy": "head_only.HeadOnly", "optimizer.lr": 1e-2} if name == BASELINE else {}),
             "model.base_model": BASE, "data.source": source, "data.batch_size": ROWS, "data.max_length": LENGTH,
             "seed_everything": seed, "trainer.default_root_dir": folder, "trainer.max_steps": steps,
             "trainer.max_epochs": -1, "trainer.num_sanity_val_steps": 0, "trainer.val_check_interval": steps,
             "trainer.check_val_every_n_epoch": "null", "trainer.enable_checkpointing": "false", **changes,
         }  # fmt: skip
-        run(["-m", "peftlight", "fit", "--config", str(config), *[f"--{key}={value}" for key, value in options.items()]])
+        run(
+            ["-m", "peftlight", "fit", "--config", str(config), *[f"--{key}={value}" for key, value in options.items()]]
+        )
         record = json.loads(next(Path(folder).glob("*/run.json")).read_text(encoding="utf-8"))
     still = [tensor["name"] for tensor in record["audit"]["trained"] if not tensor["moved"]]
     accuracy = record["metrics"]["val_accuracy"]

@@ -1,7 +1,7 @@
 """Which strategy serves which task on which architecture, found by doing it: `python tests/compatibility.py` writes it.
 
-Each cell attaches the strategy of a YAML to a tiny model, trains three steps with all hooks, and sees that every trained
-tensor had a gradient.
+Each cell attaches the strategy of a YAML to a tiny model, trains three steps with all hooks, and sees that every
+trained tensor had a gradient.
 """
 
 import sys
@@ -32,8 +32,9 @@ COLUMNS = [(task, architecture) for task, architectures in TASKS.items() for arc
 _NATIVE = {("SequenceClassification", "bert"), ("SequenceClassification", "roberta")}
 _INTRODUCTION = """# What works with what
 
-Written by `make tables` from what ran: the strategy of each YAML in `configs/` on a tiny model of each architecture, three
-training steps with all hooks, every trained tensor with a gradient. `tests/test_compatibility.py` runs every cell again.
+Written by `make tables` from what ran: the strategy of each YAML in `configs/` on a tiny model of each architecture,
+three training steps with all hooks, every trained tensor with a gradient. `tests/test_compatibility.py` runs every cell
+again.
 """
 
 

@@ -1,7 +1,7 @@
 """The table of parity: how far each method is from its independent truth. `python tests/parity.py` writes it.
 
-Each figure is the largest relative error, in float32, over the outputs, the gradients and the losses of 20 AdamW steps, on a
-tiny model of the architecture; the functions are those that the tests of the methods call.
+Each figure is the largest relative error, in float32, over the outputs, the gradients and the losses of 20 AdamW steps,
+on a tiny model of the architecture; the functions are those that the tests of the methods call.
 """
 
 import logging
@@ -58,27 +58,37 @@ METHODS: dict[str, tuple[str, Callable[[str], dict[str, float]]]] = {
 }
 _INTRODUCTION = """# Parity
 
-Written by `make tables`. The largest relative error in float32 over outputs, gradients and the losses of 20 AdamW steps, on
-tiny models; the tests hold 1e-5. A dash: the other side cannot do it, or the method does not serve the architecture. EVA's
-start depends on data and is compared with a decomposition of all activations at once, in its own test; LoRA+ is two
-learning rates.
+Written by `make tables`. The largest relative error in float32 over outputs, gradients and the losses of 20 AdamW
+steps, on tiny models; the tests hold 1e-5. A dash: the other side cannot do it, or the method does not serve the
+architecture. EVA's start depends on data and is compared with a decomposition of all activations at once, in its own
+test; LoRA+ is two learning rates. HyperLoRA is compared in float64: its network amplifies what float32 rounds.
 """
-_QUIRKS = """
-## Where HF PEFT differs on purpose or by accident
+_QUIRKS: list[tuple[str, str, str]] = [
+    ("prefix tuning", "real tokens are numbered from the prefix's length on; the usable length shrinks",
+     "positions stay"),
+    ("prefix tuning on T5", "the decoder alone; layer i reads slots 4i and 4i + 1 mod 2L, so half may be unused",
+     "encoder and decoder, a prefix in each layer"),
+    ("prompt tuning, P-tuning", "outputs are longer by the virtual tokens; BERT pools the first of them; padded "
+     "positions are counted", "the user's length, the real first token, real tokens counted"),
+    ("prompt tuning on T5", "twice the parameters, of which half gets no gradient", "one prompt, before the encoder"),
+    ("OLoRA on GPT-2", "matrices of swapped shapes, an error", "works"),
+    ("PiSSA, OLoRA", "the base's weight is rewritten, and decomposed again at every load",
+     "the base stays; saved as plain LoRA"),
+    ("AdaLoRA", "a threshold, so that ties may miss the budget; without `task_type` no penalty",
+     "ranks by order, the budget exactly; the penalty always"),
+    ("IA³", "`feedforward_modules` may end in the middle of a name: BERT's attention output counts as feed-forward",
+     "by structure, or by whole names"),
+    ("EVA with rsLoRA", "a layer's scale changes when its rank does", "it stays"),
+    ("all", "a pattern that matches nothing is passed over", "an error with the nearest name"),
+]  # fmt: skip
+_BEFORE_QUIRKS = """
+## Where HF PEFT differs
 
-What peftlight does by default, where `compat: peft` gives HF PEFT's numbers, and what else was met while comparing.
+What peftlight does by default, and what was met while comparing. `compat: peft` on prefix tuning, prompt tuning and
+P-tuning gives HF PEFT's numbers.
 
 | method | HF PEFT 0.21 | peftlight |
 | --- | --- | --- |
-| prefix tuning | real tokens are numbered from the prefix's length on; the usable length shrinks | positions stay |
-| prefix tuning on T5 | the decoder alone; layer i reads slots (4i mod 2L, 4i+1 mod 2L), so half may be unused | encoder and decoder, a prefix in each layer |
-| prompt tuning, P-tuning | outputs are longer by the virtual tokens; BERT pools the first of them; padded positions are counted | the user's length, the real first token, real tokens counted |
-| prompt tuning on T5 | twice the parameters, of which half gets no gradient | one prompt, before the encoder |
-| OLoRA on GPT-2 | matrices of swapped shapes, an error | works |
-| PiSSA, OLoRA | the base's weight is rewritten, and decomposed again at every load | the base stays; saved as plain LoRA |
-| AdaLoRA | a threshold, so that ties may miss the budget; without `task_type` no penalty | ranks by order, the budget exactly |
-| IA³ | `feedforward_modules` ends in the middle of names: BERT's attention output counts as feed-forward | by structure or by whole names |
-| VeRA, AdaLoRA, LoRA | patterns that match nothing are passed over | an error with the nearest name |
 """
 
 
@@ -100,7 +110,8 @@ def main() -> None:
         cells = ["-" if error is None else f"{error:.0e}" for error in errors]
         lines.append(f"| {method} | {truth} | {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr, flush=True)
-    DOCUMENT.write_text("\n".join([_INTRODUCTION, *lines, _QUIRKS]), encoding="utf-8")
+    quirks = "".join(f"| {' | '.join(quirk)} |\n" for quirk in _QUIRKS)
+    DOCUMENT.write_text("\n".join([_INTRODUCTION, *lines, _BEFORE_QUIRKS]) + quirks, encoding="utf-8")
 
 
 if __name__ == "__main__":

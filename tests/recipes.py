@@ -26,5 +26,7 @@ def _strategy_of(path: Path) -> Any:
     return yaml.safe_load(path.read_text())["model"]["init_args"]["strategy"]
 
 
-RECIPES = {path.stem: partial(made, _strategy_of(path)) for path in sorted(CONFIGS.glob("*.yaml")) if path.stem != "demo"}
+RECIPES = {
+    path.stem: partial(made, _strategy_of(path)) for path in sorted(CONFIGS.glob("*.yaml")) if path.stem != "demo"
+}
 """A function that makes each strategy, by the name of its YAML; picklable."""

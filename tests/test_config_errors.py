@@ -378,7 +378,7 @@ def test_a_file_that_is_no_configuration(
     ("options", "expected"),
     [
         ("", ["fit needs model and data", "--model: CausalLM, ", "--data: Alpaca, "]),
-        ("--model CausalLM", ["CausalLM needs model.base_model and model.strategy.", "--model.strategy: BitFit, "]),
+        ("--model CausalLM", ["CausalLM needs model.base_model and model.strategy.", "--model.strategy: AdaLoRA, "]),
         ("--model CausalLM --model.base_model x", ["--model: CausalLM needs model.strategy."]),
         ("--model model.yaml --data SST2", ["model.yaml:7: LoRA has no 'rnk'"]),
     ],

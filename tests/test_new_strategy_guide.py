@@ -18,6 +18,17 @@ EXAMPLE = DOCS / "examples" / "ssf.py"
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
 
 
+_CHECK = """
+from peftlight.testing import check_strategy
+from peftlight.testing.conformance import CHECKS, Tiny
+from peftlight.testing.models import inputs_for
+from ssf import SSF
+
+if __name__ == "__main__":
+    print(*check_strategy(SSF, {"bert": (Tiny("bert"), inputs_for("bert"))}, leave_out=CHECKS))
+"""
+
+
 def test_the_guide_shows_the_file_which_is_short() -> None:
     assert EXAMPLE.read_text().rstrip() in (DOCS / "new-strategy.md").read_text()
     assert len([line for line in EXAMPLE.read_text().splitlines() if line.strip()]) <= 30
@@ -48,12 +59,7 @@ def test_the_yaml_trains_the_real_encoder(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_check_with_processes(tmp_path: Path) -> None:
     """In a process of its own, as a user runs it: the started processes import the user's module."""
     script = tmp_path / "check.py"
-    script.write_text(
-        "from ssf import SSF\nfrom peftlight.testing import check_strategy\nfrom peftlight.testing.models import inputs_for, make\n"
-        "from peftlight.testing.conformance import CHECKS, Tiny\n\nif __name__ == '__main__':\n"
-        "    models = {'bert': (Tiny('bert'), inputs_for('bert'))}\n"
-        "    print(*check_strategy(SSF, models, leave_out=CHECKS))\n"
-    )
+    script.write_text(_CHECK)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(EXAMPLE.parent), "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

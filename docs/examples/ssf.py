@@ -1,4 +1,4 @@
-"""SSF: Scaling & Shifting Your Features. Dongze Lian, Daquan Zhou, Jiashi Feng, Xinchao Wang, 2022, arXiv 2210.08823."""
+"""SSF: Scaling & Shifting Your Features. Lian, Zhou, Feng, Wang, 2022, https://arxiv.org/abs/2210.08823."""
 
 from dataclasses import dataclass
 

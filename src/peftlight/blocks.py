@@ -118,7 +118,9 @@ def _attention(names: Sequence[str], root: str) -> Attention | None:
     kept = roles if separate else dict.fromkeys(roles)
     sources = {fused, *kept.values()}
     output = next((name for name in reversed(names) if name not in sources), None)
-    return None if output is None else Attention(core, kept["query"], kept["key"], kept["value"], fused, output, crossed)
+    return (
+        None if output is None else Attention(core, kept["query"], kept["key"], kept["value"], fused, output, crossed)
+    )
 
 
 def _first(names: Iterable[str], pattern: str) -> str | None:

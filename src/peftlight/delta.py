@@ -40,6 +40,8 @@ class Delta(nn.Module):
     """
 
     enabled: bool = True
+    reads_weight: bool = False
+    """Whether what this adds depends on the module's weight, so that it folds into that weight alone."""
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         """The module's new output, from `base` (the forward beneath) and the module's inputs."""

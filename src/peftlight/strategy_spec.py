@@ -19,7 +19,9 @@ class StrategySpec(TypedDict):
 def spec_of(strategy: PEFTStrategy) -> StrategySpec:
     """The strategy as plain data."""
     kind = type(strategy)
-    names: list[str] = [field.name for field in dataclasses.fields(strategy)] if dataclasses.is_dataclass(strategy) else []
+    names: list[str] = (
+        [field.name for field in dataclasses.fields(strategy)] if dataclasses.is_dataclass(strategy) else []
+    )
     arguments = {name: _plain(getattr(strategy, name)) for name in names}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -99,15 +99,23 @@ def parity_of(
     theirs.eval()
     stir(adapter, theirs, endings)
     named, found = by_our_names(theirs, endings), {}
-    found["outputs"] = relative_error(output(adapter.model, inputs), output(theirs, inputs))
+    found["outputs"] = largest_error([(output(adapter.model, inputs), output(theirs, inputs))])
     loss_of(adapter.model, inputs).backward()
     loss_of(theirs, inputs).backward()
     gradients = [(p.grad, named[key].grad) for key, p in adapter.parameters().items()]
-    found["gradients"] = max(relative_error(o.reshape(t.shape), t) for o, t in gradients if o is not None or t is not None)
+    found["gradients"] = largest_error((o.reshape(t.shape), t) for o, t in gradients if o is not None or t is not None)
     own = losses(adapter.model, list(adapter.parameters().values()), inputs)
     others = losses(theirs, [p for p in theirs.parameters() if p.requires_grad], inputs)
     found["losses of 20 steps"] = max(abs(o - t) / max(1.0, abs(t)) for o, t in zip(own, others, strict=True))
     return found
+
+
+def largest_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The largest difference between ours and theirs as a share of the largest value of theirs, however small it is."""
+    compared = [(one.detach().double(), other.detach().double()) for one, other in pairs]
+    assert all(one.shape == other.shape for one, other in compared)
+    largest = max(float(other.abs().max()) for _, other in compared)
+    return max(float((one - other).abs().max()) for one, other in compared) / largest
 
 
 def relative_error(one: Tensor, other: Tensor) -> float:

@@ -124,6 +124,21 @@ def test_ranks_and_directions_equal_hf_pefts(name: str, rho: float) -> None:
         assert shared > 0.95, (site, shared)
 
 
+def test_padding_is_not_looked_at() -> None:
+    def directions(padding: int) -> dict[str, Tensor]:
+        strategy = LoRA(rank=2, init_lora_weights="eva", eva_rho=1)
+        adapter = attach(settling("bert"), strategy)
+        torch.manual_seed(0)
+        rows = {"input_ids": torch.randint(2, 100, (6, 9)), "attention_mask": torch.ones(6, 9, dtype=torch.long)}
+        padded = {key: nn.functional.pad(value, (0, padding)) for key, value in rows.items()}
+        strategy.prepare(adapter, Material(lambda: [padded], lambda text: []))
+        return {site: delta.get_parameter("A").detach() for site, delta in adapter.sites.items()}
+
+    plain, padded = directions(0), directions(20)
+    for site, A in plain.items():
+        assert_near((A @ padded[site].T).abs(), torch.eye(2), 1e-2)
+
+
 def test_ranks_move_to_where_the_variance_is_and_keep_their_sum() -> None:
     shares = {"a": torch.tensor([0.5, 0.3, 0.1, 0.05]), "b": torch.tensor([0.2, 0.1, 0.02]), "c": torch.tensor([0.001])}
     assert redistributed(shares, {"a": 2, "b": 2, "c": 2}) == {"a": 3, "b": 2, "c": 1}

@@ -12,9 +12,8 @@ from models import MODELS, inputs_for, make
 from peftlight import Adapter, attach, load_adapter, save_adapter
 from peftlight.errors import UserError
 from peftlight.strategies import HyperLoRA, LoRA
-from strategies.against_peft import by_our_names, loss_of, losses, output, relative_error
+from strategies.against_peft import by_our_names, largest_error, loss_of, losses, output
 from strategies.small import stirred
-
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -48,12 +47,12 @@ def parity(architecture: str) -> dict[str, float]:
     with torch.no_grad():
         for parameter, factor in zip(own, factors, strict=True):
             parameter.copy_(factor)
-    outputs = relative_error(output(model, inputs), output(plain, inputs))
+    outputs = largest_error([(output(model, inputs), output(plain, inputs))])
     loss_of(model, inputs).backward()
     loss_of(plain, inputs).backward()
     trained = list(adapter.parameters().values())
     expected = torch.autograd.grad(factors, trained, [parameter.grad for parameter in own])
-    gradients = max(relative_error(p.grad, gradient) for p, gradient in zip(trained, expected, strict=True))
+    gradients = largest_error((p.grad, gradient) for p, gradient in zip(trained, expected, strict=True))
     return {"outputs": outputs, "gradients": gradients}
 
 
@@ -96,7 +95,9 @@ def test_layers_of_one_name_and_another_shape_are_kinds_of_their_own() -> None:
     assert network.layer.num_embeddings == 2
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"hidden_size": 0}, "hidden_size is at least 1"), ({"rank": 0}, "rank")])
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"hidden_size": 0}, "hidden_size is at least 1"), ({"rank": 0}, "rank")]
+)
 def test_wrong_sizes_are_refused(wrong: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         HyperLoRA(**wrong)

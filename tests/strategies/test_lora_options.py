@@ -254,7 +254,7 @@ def test_under_autocast_the_norms_and_gradients_stay_whole(method: str) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters().values())
 
 
-@pytest.mark.parametrize("method", ["pissa", "olora"])
+@pytest.mark.parametrize("method", ["pissa", "olora", "pissa with rslora"])
 def test_what_is_saved_is_plain_lora_of_twice_the_rank(method: str) -> None:
     model = make("bert")
     strategy = LoRA(rank=4, alpha=12, alpha_pattern={"value": 5.0}, rank_pattern={r".*1.*value": 2}, **FAMILY[method])
@@ -266,8 +266,9 @@ def test_what_is_saved_is_plain_lora_of_twice_the_rank(method: str) -> None:
     assert saved.strategy.rank_pattern == {r".*1.*value": 4}
     again = attach(make("bert"), saved.strategy, modules_to_train=["classifier"])
     again.load_state(saved.state())
-    assert [delta.scale for delta in again.sites.values()] == [delta.scale for delta in adapter.sites.values()]
-    assert torch.equal(output(again.model, inputs_for("bert")), expected)
+    for site, delta in adapter.sites.items():
+        assert again.sites[site].scale == pytest.approx(delta.scale, rel=1e-12)
+    assert_near(output(again.model, inputs_for("bert")), expected)
     assert "classifier.weight" in saved.state()
 
 

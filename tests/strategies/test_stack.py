@@ -60,9 +60,26 @@ def test_files_and_merging(tmp_path: Path) -> None:
     assert torch.allclose(output(model, inputs), apart, atol=1e-5)
 
 
+def test_dora_merges_first_or_not_at_all() -> None:
+    """Its norms are those of the module's own weight, which the strategies beneath it would have changed."""
+    dora, inputs = LoRA(rank=4, use_dora=True, target_modules=["key"]), inputs_for("bert")
+    first = stirred(attach(make("bert"), Stack([dora, IA3()])))
+    apart = output(first.model, inputs)
+    first.merge()
+    assert torch.allclose(output(first.model, inputs), apart, atol=1e-5)
+    second = stirred(attach(make("bert"), Stack([IA3(), dora])))
+    with pytest.raises(UserError, match=r"LoRA reads the module's own weight.*Put it first"):
+        second.merge()
+
+
 def test_each_has_its_own_share_of_the_report() -> None:
     adapter = attach(make("bert"), Stack(lora_and_ia3()))
-    assert {row.trained for row in rows_of(adapter)} == {"LinearLoRA", "OutputScale", "InputScale", "LinearLoRA, OutputScale"}
+    assert {row.trained for row in rows_of(adapter)} == {
+        "LinearLoRA",
+        "OutputScale",
+        "InputScale",
+        "LinearLoRA, OutputScale",
+    }
     column = list(table_of(adapter).columns[0].cells)
     assert column[-3:] == ["LoRA", "IA3", "all that trains"]
     lora, ia3 = adapter.strategy.parts(adapter)

@@ -26,6 +26,12 @@ TABLES = {
 }
 
 
+ENDINGS = {
+    "token_adapter.trainable_tokens_delta.default": "deltas.default.rows.values",
+    "trainable_tokens_delta.default": "deltas.default.rows.values",
+}
+
+
 def tokens_of(name: str) -> list[int]:
     """Three tokens of the test batch, and one that it has not."""
     return [*inputs_for(name)["input_ids"][1, :3].tolist(), 1]
@@ -33,9 +39,7 @@ def tokens_of(name: str) -> list[int]:
 
 def parity(architecture: str) -> dict[str, float]:
     theirs = TrainableTokensConfig(token_indices=tokens_of(architecture), target_modules=[TABLES[architecture]])
-    ours = TrainableTokens(tokens_of(architecture))
-    return parity_of(architecture, ours, theirs, {"token_adapter.trainable_tokens_delta.default": "deltas.default.rows.values",
-                                                  "trainable_tokens_delta.default": "deltas.default.rows.values"})  # fmt: skip
+    return parity_of(architecture, TrainableTokens(tokens_of(architecture)), theirs, ENDINGS)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "llama"])

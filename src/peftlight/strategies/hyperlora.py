@@ -1,11 +1,11 @@
 """HyperLoRA: Instant Transformer Adaption via HyperLoRA (published as Text-to-LoRA).
 
-Rujikorn Charakorn, Edoardo Cetin, Yujin Tang, Robert Tjarko Lange, 2024, https://openreview.net/forum?id=u6vC7KaFel and
-2025, https://arxiv.org/abs/2506.06105
+Rujikorn Charakorn, Edoardo Cetin, Yujin Tang, Robert Tjarko Lange, 2024,
+https://openreview.net/forum?id=u6vC7KaFel and, in 2025, https://arxiv.org/abs/2506.06105
 
-The paper serves text tasks: a network reads the embedding of a task's description, of a module's kind and of its layer,
-and writes that layer's low-rank factors. Here a run has one task, so its embedding is trained with the network, and what
-is saved at the end is the plain LoRA that the network wrote.
+The paper serves text tasks: a network reads the embedding of a task's description, of a module's kind and of its
+layer, and writes that layer's low-rank factors. Here a run has one task, so its embedding is trained with the network,
+and what is saved at the end is the plain LoRA that the network wrote.
 """
 
 import logging
@@ -99,7 +99,7 @@ class HyperNetwork(nn.Module):
         self.heads_b = nn.ModuleList(nn.Linear(hidden, b.numel(), device="cpu") for _, b in shapes)
         for head, (a, _) in zip(self.heads_a, shapes, strict=True):
             nn.init.uniform_(head.get_parameter("bias"), -(a[1] ** -0.5), a[1] ** -0.5)
-            nn.init.uniform_(head.get_parameter("weight"), -(hidden * a[1]) ** -0.5, (hidden * a[1]) ** -0.5)
+            nn.init.uniform_(head.get_parameter("weight"), -((hidden * a[1]) ** -0.5), (hidden * a[1]) ** -0.5)
         for head in self.heads_b:
             nn.init.zeros_(head.get_parameter("weight"))
             nn.init.zeros_(head.get_parameter("bias"))

@@ -23,7 +23,9 @@ class LayerNormTuning(PEFTStrategy):
     def train(self, model: nn.Module) -> Iterable[str]:
         norms = [name for name, module in own_modules(model) if _is_norm(module)]
         if not norms:
-            raise UserError(f"This {type(model).__name__} has no normalisation layer with a scale. Choose LoRA instead.")
+            raise UserError(
+                f"This {type(model).__name__} has no normalisation layer with a scale. Choose LoRA instead."
+            )
         if self.target_modules is None:
             return norms
         named = matching(model, self.target_modules)

@@ -60,7 +60,6 @@ class LoRA(PEFTStrategy):
     """Which biases of the base are trained too: none, all, or those of the adapted layers."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules of the base that are trained whole and saved with the adapter."""
-
     use_rslora: bool = False
     """Scale by alpha / √rank instead, so that a large rank learns as fast as a small one (rsLoRA)."""
     use_dora: bool = False

@@ -24,6 +24,8 @@ class LinearDoRA(LinearLoRA):
     x' = dropout(x). Over the delta of another adapter the same is added to what that one gives.
     """
 
+    reads_weight = True
+
     def __init__(
         self,
         shape_a: tuple[int, ...],
@@ -54,6 +56,8 @@ class LinearDoRA(LinearLoRA):
 class ConvDoRA(ConvLoRA):
     """As `LinearDoRA`, with a norm for each output channel; m is (1, out, 1...)."""
 
+    reads_weight = True
+
     def __init__(
         self,
         shape_a: tuple[int, ...],
@@ -83,6 +87,8 @@ class ConvDoRA(ConvLoRA):
 
 class EmbeddingDoRA(EmbeddingLoRA):
     """h = (m / ‖V‖) ∘ V[x], with V = E + s (B A)ᵀ and its norms by column, m (dim,) trained."""
+
+    reads_weight = True
 
     def __init__(self, rank: int, vocabulary: int, dim: int, scale: float, module: nn.Module) -> None:
         super().__init__(rank, vocabulary, dim, scale)

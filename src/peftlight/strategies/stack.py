@@ -105,7 +105,10 @@ class Layers(Delta):
         return nested(base, self.deltas.values())(*args, **kwargs)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        for delta in self.deltas.values():
+        for place, (name, delta) in enumerate(self.deltas.items()):
+            if place and delta.reads_weight:
+                raise UserError(f"{name} reads the module's own weight, and the strategies before it in the stack have "
+                                "changed that. Put it first.")  # fmt: skip
             weight, bias = delta.fold(weight, bias)
         return weight, bias
 

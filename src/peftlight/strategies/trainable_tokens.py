@@ -105,5 +105,7 @@ class TiedRows(Delta):
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y: Tensor = base(x)
         bias = getattr(base.module, "bias", None)
-        own = F.linear(x.to(self.rows.values.dtype), self.rows.values, None if bias is None else bias[self.rows.indices])
+        own = F.linear(
+            x.to(self.rows.values.dtype), self.rows.values, None if bias is None else bias[self.rows.indices]
+        )
         return y.index_copy(-1, self.rows.indices, own.to(y.dtype))

@@ -30,6 +30,8 @@ class PEFTModule(LightningModule):
 
     auto_class: str
     """The class of transformers that makes the task's model."""
+    scores_tokens: bool = False
+    """Whether the model scores each token of its input."""
 
     def __init__(
         self,
@@ -137,7 +139,8 @@ class PEFTModule(LightningModule):
         self._check_precision()
         self.to(trainer.strategy.root_device)
         # Apart, and the same in every process: the order of the training rows does not depend on it.
-        with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
             torch.manual_seed(0)
             self.strategy.prepare(self.adapter, Material(self._training_inputs, self._token_ids))
 
@@ -176,7 +179,9 @@ class PEFTModule(LightningModule):
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The model's scores for a batch, labels left out."""
         output = self(**self.inputs(batch))
-        return output.logits if hasattr(output, "logits") else output
+        logits: Tensor = output.logits if hasattr(output, "logits") else output
+        # With `compat: peft`, prompt tuning gives out the scores of virtual tokens too, which stand in front.
+        return logits[:, -batch["input_ids"].shape[1] :] if self.scores_tokens else logits
 
     def tokenizer(self) -> Any:
         """The tokenizer of the data in use; without a data module the base model's own."""
@@ -308,7 +313,10 @@ class PEFTModule(LightningModule):
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
         own = self._own_state()
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
-        checkpoint["hyper_parameters"] = {**self.hparams, "strategy": spec_of(self.strategy)}  # it may have been settled
+        checkpoint["hyper_parameters"] = {
+            **self.hparams,
+            "strategy": spec_of(self.strategy),
+        }  # it may have been settled
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what is trained; strict about it, whatever is asked for, and silent about the frozen base.

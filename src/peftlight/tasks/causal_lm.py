@@ -17,6 +17,7 @@ class CausalLM(PEFTModule):
     """Predict the next token; logs the loss and the perplexity per label token. `predict` generates."""
 
     auto_class = "AutoModelForCausalLM"
+    scores_tokens = True
 
     def __init__(
         self, base_model: str | nn.Module, strategy: PEFTStrategy, max_new_tokens: int = 128, **options: Any

@@ -16,9 +16,7 @@ def default_optimizer(parameters: Any) -> Optimizer:
     return AdamW(parameters, lr=DEFAULT_LEARNING_RATE)
 
 
-def new_optimizer(
-    make: Callable[[Any], Optimizer], parameters: Iterable[nn.Parameter], adapter: Adapter
-) -> Optimizer:
+def new_optimizer(make: Callable[[Any], Optimizer], parameters: Iterable[nn.Parameter], adapter: Adapter) -> Optimizer:
     """The optimizer of those parameters that train, with the strategy's factors on its learning rate."""
     factors = adapter.strategy.learning_rates(adapter)
     factor_of = {id(parameter): factors.get(name, 1.0) for name, parameter in adapter.parameters().items()}

@@ -19,6 +19,7 @@ class TokenClassification(Classifier):
     """
 
     auto_class = "AutoModelForTokenClassification"
+    scores_tokens = True
 
     def scores(self, classes: int) -> dict[str, Metric]:
         of_words = super().scores(classes)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from peftlight.errors import UserError, listed
@@ -102,16 +103,26 @@ def in_two_processes(cases: Mapping[str, Case]) -> list[Result]:
     except Exception as error:
         return [Result(", ".join(cases), PROCESSES, "broken", f"{type(error).__name__}: {error}")]
     return [
-        Result(name, PROCESSES, "broken" if names else "kept", f"gradients differ from one process's: {listed(names)}" if names else "")
+        Result(
+            name,
+            PROCESSES,
+            "broken" if names else "kept",
+            f"gradients differ from one process's: {listed(names)}" if names else "",
+        )
         for name, names in zip(cases, wrong, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """Makes one of our tiny models; picklable."""
+    """Makes one of our tiny models, with biases and scales that are not zero and one; picklable."""
 
     name: str
 
     def __call__(self) -> nn.Module:
-        return make(self.name)
+        model = make(self.name)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return model

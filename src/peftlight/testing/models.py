@@ -65,9 +65,10 @@ def gpt2(dropout: float = 0.0) -> nn.Module:
 
 def t5(dropout: float = 0.0) -> nn.Module:
     """A T5 that writes one sequence from another."""
-    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
-                             "decoder_start_token_id": 0}  # fmt: skip
-    return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=dropout))
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
+    config = T5Config(**sizes, num_heads=4, dropout_rate=dropout)
+    config.decoder_start_token_id = 0
+    return T5ForConditionalGeneration(config)
 
 
 def vit(dropout: float = 0.0) -> nn.Module:

@@ -27,7 +27,9 @@ def _differing(case: Case, found: dict[str, Tensor]) -> list[str]:
     adapter = case.stirred()
     (_halves(adapter.model, case, range(_PROCESSES)) / _PROCESSES).backward()
     own = {name: p.grad for name, p in adapter.parameters().items() if p.grad is not None}
-    return [name for name, grad in own.items() if name not in found or not torch.allclose(found[name], grad, 1e-4, 1e-6)]
+    return [
+        name for name, grad in own.items() if name not in found or not torch.allclose(found[name], grad, 1e-4, 1e-6)
+    ]
 
 
 def gradients_of_processes(cases: list[Case]) -> list[dict[str, Tensor]]:

@@ -47,7 +47,9 @@ class Case:
     @torch.no_grad()
     def output(self, model: nn.Module) -> Tensor:
         """The model's scores for the batch, in eval mode."""
-        result = model.eval()(**{key: value for key, value in self.inputs.items() if key != "labels"}, **self._shifted())
+        result = model.eval()(
+            **{key: value for key, value in self.inputs.items() if key != "labels"}, **self._shifted()
+        )
         scores: Tensor = result.logits if hasattr(result, "logits") else result
         return scores
 
