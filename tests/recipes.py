@@ -10,16 +10,22 @@ from peftlight import PEFTStrategy
 from peftlight.strategy_spec import as_strategy
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-_SMALL = {"token_indices": list(range(2, 100)), "rank": 8}
-"""What fits the tiny models instead: all tokens of their batches, and their widths."""
+TOKENS = list(range(2, 100))
+"""For trainable tokens: all that the tiny models' batches hold."""
+RANK = 8
+"""The largest that fits the tiny models."""
 
 
 def made(spec: Any) -> PEFTStrategy:
     """The strategy that a YAML describes, by its name alone or by class_path and init_args."""
     if isinstance(spec, str):
         spec = {"class_path": spec, "init_args": {}}
-    arguments = spec["init_args"]
-    return as_strategy({**spec, "init_args": {**arguments, **{k: v for k, v in _SMALL.items() if k in arguments}}})
+    arguments = dict(spec["init_args"])
+    if "token_indices" in arguments:
+        arguments["token_indices"] = TOKENS
+    if "rank" in arguments:
+        arguments["rank"] = min(arguments["rank"], RANK)
+    return as_strategy({**spec, "init_args": arguments})
 
 
 def _strategy_of(path: Path) -> Any:

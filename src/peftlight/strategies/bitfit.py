@@ -12,6 +12,7 @@ from torch import nn
 from peftlight.blocks import blocks_of
 from peftlight.errors import UserError
 from peftlight.strategy import PEFTStrategy
+from peftlight.targets import heads_of
 
 
 @dataclass
@@ -27,7 +28,8 @@ class BitFit(PEFTStrategy):
             names = [name for name in parameters if _is_bias(name)]
         else:
             names = [f"{layer}.bias" for layer in _queries_and_inner_layers(model) if f"{layer}.bias" in parameters]
-        if not names:
+        heads = tuple(f"{head}." for head in heads_of(model))
+        if all(name.startswith(heads) for name in names):  # those of a new head, at most
             raise UserError(
                 f"BitFit trains biases, and this {type(model).__name__} has none "
                 "(the layers of Llama and its relatives are built without). Choose LoRA instead."
