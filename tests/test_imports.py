@@ -15,11 +15,23 @@ ROOMS = {
     "linear": set(),
     "delta": set(),
     "architectures": set(),
-    "targets": {"linear", "architectures"},
+    "paths": set(),
+    "layer_ranges": {"paths"},
+    "targets": {"linear", "architectures", "paths", "layer_ranges"},
     "strategy": {"delta", "linear", "targets"},
     "liveness": {"strategy"},
-    "blocks": {"targets", "linear"},
-    "strategies": {"strategy", "delta", "targets", "blocks", "linear", "attention", "entrance", "virtual_tokens"},
+    "blocks": {"paths", "linear"},
+    "strategies": {
+        "paths",
+        "strategy",
+        "delta",
+        "targets",
+        "blocks",
+        "linear",
+        "attention",
+        "entrance",
+        "virtual_tokens",
+    },
     "attention": {"delta"},
     "virtual_tokens": {"delta"},
     "entrance": {"virtual_tokens", "delta"},
@@ -42,7 +54,7 @@ NEVER = {"peft"}
 HEAVY_BELOW = {"lightning", "transformers", "datasets", "bitsandbytes"}
 """What a strategy and everything under it must not know."""
 KNOW_NO_FRAMEWORK = {"linear", "delta", "targets", "blocks", "architectures", "strategy", "strategies"}
-KNOW_NO_FRAMEWORK |= {"virtual_tokens", "entrance"}
+KNOW_NO_FRAMEWORK |= {"virtual_tokens", "entrance", "paths", "layer_ranges", "liveness"}
 
 
 def imports(path: Path) -> set[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from peftlight.errors import UserError
 from peftlight.linear import is_linear, widths
-from peftlight.targets import heads_of, own_modules, place_of
+from peftlight.paths import heads_of, own_modules, place_of
 
 _ROLES = {"query": r"q|query|q_.*|query_.*", "key": r"k|key|k_.*|key_.*", "value": r"v|value|v_.*|value_.*"}
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,7 +10,9 @@ from torch import nn
 
 from peftlight.architectures import ARCHITECTURES, Architecture
 from peftlight.errors import UserError, listed, nearest
+from peftlight.layer_ranges import in_layers
 from peftlight.linear import is_linear
+from peftlight.paths import at_end, end_of, heads_of, inside, leaf_of, named, own_modules, place_of
 
 T = TypeVar("T")
 
@@ -59,7 +61,7 @@ def select(
     found = {name for names in wanted.values() for name in names}
     if not found:
         raise UserError(f"target_modules: {target_modules!r} selects nothing.{scene.inventory()}")
-    kept = found if layers is None else _in_layers(scene, found, layers)
+    kept = found if layers is None else in_layers(model, found, layers)
     modules = {name: module for name, module in scene.modules.items() if name in kept}
     matched = {entry: sum(name in modules for name in names) for entry, names in wanted.items()}
     return Selection(modules, matched, notice)
@@ -74,20 +76,20 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     names = [name for name, _ in own_modules(model)]
     found: set[str] = set()
     for pattern in patterns:
-        hits = _named(names, pattern)
+        hits = named(names, pattern)
         if not hits:
-            ends = dict.fromkeys(_end(name, pattern.count(".") + 1) for name in names)
+            ends = dict.fromkeys(end_of(name, pattern.count(".") + 1) for name in names)
             raise UserError(
                 f"{pattern!r} matches no module of this {type(model).__name__}.{nearest(pattern, ends)} Expected a "
                 f"path, or the end of one at a dot. Its parts are {listed(name for name, _ in model.named_children())}."
             )
         found.update(hits)
-    return [name for name in names if name in found and not _inside(name.rpartition(".")[0], found)]
+    return [name for name in names if name in found and not inside(name.rpartition(".")[0], found)]
 
 
 def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
     """The value of the first pattern, a regular expression, that matches the end of `name` at a dot; or `default`."""
-    return next((value for pattern, value in patterns.items() if _at_end(pattern, name)), default)
+    return next((value for pattern, value in patterns.items() if at_end(pattern, name)), default)
 
 
 def check_patterns(field: str, patterns: Iterable[str], names: Collection[str]) -> None:
@@ -98,11 +100,11 @@ def check_patterns(field: str, patterns: Iterable[str], names: Collection[str]) 
     """
     for pattern in patterns:
         _check_regex(field, pattern)
-        if not any(_at_end(pattern, name) for name in names):
-            ends = dict.fromkeys(_end(name, pattern.count(".") + 1) for name in names)
+        if not any(at_end(pattern, name) for name in names):
+            ends = dict.fromkeys(end_of(name, pattern.count(".") + 1) for name in names)
             raise UserError(
                 f"{field}: {pattern!r} matches none of the {len(names)} selected modules.{nearest(pattern, ends)} "
-                f"They end in {listed(dict.fromkeys(map(_leaf, names)))}."
+                f"They end in {listed(dict.fromkeys(map(leaf_of, names)))}."
             )
 
 
@@ -119,7 +121,7 @@ class _Scene:
         self.excluded: set[str] = set()
         self.heads = heads_of(model)
         for entry in exclude:
-            hits = _named(self.modules, entry)
+            hits = named(self.modules, entry)
             if not hits:
                 raise UserError(f"exclude_modules: {entry!r} matches no module.{self.near(entry)}{self.inventory()}")
             self.excluded.update(hits)
@@ -127,9 +129,9 @@ class _Scene:
     def obstacle(self, name: str) -> str | None:
         """Why a module cannot be selected, to be read after "it is"; None if it can."""
         module = self.modules[name]
-        if _inside(name, self.excluded):
+        if inside(name, self.excluded):
             return "left out by exclude_modules"
-        if _inside(name, self.skip):
+        if inside(name, self.skip):
             return "trained whole, so it takes no adapter"
         if not (isinstance(module, self.kinds) or (nn.Linear in self.kinds and is_linear(module))):
             return f"a {type(module).__name__}; the kinds supported here are {self.supported()}"
@@ -150,18 +152,18 @@ class _Scene:
 
     def linear(self) -> list[str]:
         """The linear layers that a preset may choose: those outside the heads."""
-        return [name for name in self.usable() if is_linear(self.modules[name]) and not _inside(name, self.heads)]
+        return [name for name in self.usable() if is_linear(self.modules[name]) and not inside(name, self.heads)]
 
     def supported(self) -> str:
         return ", ".join(kind.__name__ for kind in self.kinds)
 
     def near(self, entry: str) -> str:
         depth = entry.count(".") + 1
-        ends = [_end(name, depth) if depth > 1 else _leaf(name) for name in self.usable()]
+        ends = [end_of(name, depth) if depth > 1 else leaf_of(name) for name in self.usable()]
         return nearest(entry, dict.fromkeys([*ends, *PRESETS]))
 
     def inventory(self) -> str:
-        leaves = Counter(map(_leaf, self.usable()))
+        leaves = Counter(map(leaf_of, self.usable()))
         if not leaves:
             return f" This {type(self.model).__name__} has no module of a supported kind ({self.supported()})."
         return f" Adaptable names in this model: {listed((f'{leaf} ({n})' for leaf, n in leaves.items()), most=16)}."
@@ -190,7 +192,7 @@ def _wanted(scene: _Scene, target: str | Sequence[str] | None) -> _Wanted:
 
 
 def _matched_by_name(scene: _Scene, entry: str) -> list[str]:
-    hits = _named(scene.modules, entry)
+    hits = named(scene.modules, entry)
     if not hits and entry in PRESETS:
         raise UserError(f"target_modules: {entry!r} is a preset; give it alone, not in a list.")
     if not hits:
@@ -202,7 +204,7 @@ def _matched_by_regex(scene: _Scene, pattern: str) -> list[str]:
     _check_regex("target_modules", pattern)
     hits = [name for name in scene.modules if re.fullmatch(pattern, name)]
     if not hits:
-        ends = sum(_at_end(pattern, name) for name in scene.modules)
+        ends = sum(at_end(pattern, name) for name in scene.modules)
         whole = rf"(.*\.)?({pattern})"
         hint = f" It matches the end of {ends} of them: write {whole!r}." if ends else scene.near(pattern)
         raise UserError(
@@ -238,11 +240,11 @@ def _by_table(scene: _Scene, preset: str | None) -> _Wanted | None:
         )
     if part:
         notices.append(f"Only the text part ({listed(sorted(part))}, a {model_type!r}) is adapted.")
-    in_part = [name for name in scene.modules if not part or _inside(name, part)]
+    in_part = [name for name in scene.modules if not part or inside(name, part)]
     if isinstance(entries, str):
         hits = {entries: [name for name in in_part if re.fullmatch(entries, name)]}
     else:
-        hits = {entry: _named(in_part, entry) for entry in entries}
+        hits = {entry: named(in_part, entry) for entry in entries}
     if not any(hits.values()):
         return None
     linear = set(scene.linear())
@@ -266,7 +268,7 @@ def _of_type(model: nn.Module, model_type: str) -> set[str]:
     found: set[str] = set()
     for name, module in own_modules(model):
         own_type = getattr(getattr(module, "config", None), "model_type", None)
-        if own_type == model_type and not _inside(name, found):
+        if own_type == model_type and not inside(name, found):
             found.add(name)
     return found
 
@@ -283,7 +285,7 @@ def _by_structure(scene: _Scene, preset: str | None) -> _Wanted:
         names, what = linear, "all linear layers except the head"
     wanted: dict[str, list[str]] = {}
     for name in names:
-        wanted.setdefault(_leaf(name), []).append(name)
+        wanted.setdefault(leaf_of(name), []).append(name)
     model_type = getattr(getattr(scene.model, "config", None), "model_type", None) or type(scene.model).__name__
     notice = (
         f"The names in {str(model_type)!r} are not known, so its structure decided on {what}: "
@@ -303,97 +305,6 @@ def _in_attention(scene: _Scene, name: str) -> bool:
             return False
         name = name.rpartition(".")[0]
     return False
-
-
-def _in_layers(scene: _Scene, names: Collection[str], layers: str | list[int]) -> set[str]:
-    """Those of the names that lie in the layers asked for, counted in each stack by itself."""
-    placed = {name: place for name in names if (place := place_of(name))}
-    if not placed:
-        raise UserError(f"layers: {layers!r} was given, but what target_modules selects lies in no numbered layer.")
-    stacks = dict.fromkeys((stack for stack, _ in placed.values()), 0)
-    for stack, index in filter(None, map(place_of, scene.modules)):
-        if stack in stacks:
-            stacks[stack] = max(stacks[stack], index + 1)
-    longest = max(stacks.values())
-    counts = listed(f"{stack or 'top'}: {count}" for stack, count in stacks.items())
-    has = f"The model has {longest} layers ({counts})."
-    wrong = [index for index in _numbers(layers, longest, has) if not 0 <= index < longest]
-    if wrong:
-        raise UserError(f"layers: {layers!r} reaches beyond the first or last layer. {has} Counting starts at 0.")
-    asked = {stack: set(_numbers(layers, count, has)) for stack, count in stacks.items()}
-    kept = {name for name, (stack, index) in placed.items() if index in asked[stack]}
-    if not kept:
-        there = sorted({index for _, index in placed.values()})
-        raise UserError(f"layers: {layers!r} leaves nothing: the modules selected lie in layers {listed(there, 24)}.")
-    return kept
-
-
-def _numbers(layers: str | list[int], count: int, has: str) -> Sequence[int]:
-    """The layers asked for, in a stack of `count`; they may lie outside it."""
-    if isinstance(layers, str):
-        if edge := re.fullmatch(r"\s*(last|first)\s+([1-9]\d*)\s*", layers):
-            number = int(edge[2])
-            return range(number) if edge[1] == "first" else range(count - number, count)
-        if span := re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", layers):
-            first, last = int(span[1]), int(span[2] or span[1])
-            if first <= last:
-                return range(first, last + 1)
-    elif layers and all(isinstance(index, int) for index in layers):
-        return [index if index >= 0 else count + index for index in layers]
-    raise UserError(
-        f"layers: {layers!r} is not understood. Expected 'last 4', 'first 2', '0-3', '5', or a list of numbers such as "
-        f"[0, -1]. {has}"
-    )
-
-
-def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules below the model, without those that adapters brought along."""
-    for name, module in model.named_modules():
-        if name and "deltas" not in name.split("."):
-            yield name, module
-
-
-def heads_of(model: nn.Module) -> set[str]:
-    """Paths of the output embedding and of what stands outside the backbone, where the model has one."""
-    output_embedding = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = {name for name, module in model.named_modules() if module is output_embedding}
-    backbone, children = getattr(model, "base_model_prefix", None), {name for name, _ in model.named_children()}
-    if backbone in children:
-        return heads | (children - {backbone})
-    # A model of transformers with its parts at the top (CLIP's classifier, say): heads can be told by name alone.
-    return heads | (children & {"classifier", "score", "lm_head", "qa_outputs"} if backbone is not None else set())
-
-
-def _named(names: Iterable[str], entry: str) -> list[str]:
-    return [name for name in names if name == entry or name.endswith(f".{entry}")]
-
-
-def _inside(name: str, paths: Collection[str]) -> bool:
-    """Whether the name is one of the paths or lies below one."""
-    while name and name not in paths:
-        name = name.rpartition(".")[0]
-    return bool(name)
-
-
-def place_of(name: str) -> tuple[str, int] | None:
-    """The stack that a path goes through and the number of its layer in it, or None."""
-    parts = name.split(".")
-    place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
-    return None if place is None else (".".join(parts[:place]), int(parts[place]))
-
-
-def _end(name: str, length: int) -> str:
-    return ".".join(name.split(".")[-length:])
-
-
-def _leaf(name: str) -> str:
-    """The last part of a path; the last two where that is a number."""
-    last = name.rpartition(".")[2]
-    return _end(name, 2) if last.isdecimal() else last
-
-
-def _at_end(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _check_regex(field: str, pattern: str) -> None:

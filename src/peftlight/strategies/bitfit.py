@@ -11,8 +11,8 @@ from torch import nn
 
 from peftlight.blocks import blocks_of
 from peftlight.errors import UserError
+from peftlight.paths import heads_of
 from peftlight.strategy import PEFTStrategy
-from peftlight.targets import heads_of
 
 
 @dataclass

@@ -24,10 +24,11 @@ from peftlight.blocks import Block, blocks_of
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError, listed, nearest
 from peftlight.linear import widths
+from peftlight.paths import place_of
 from peftlight.strategies.activations import activation_named
 from peftlight.strategies.parallel import ParallelAdapter, ParallelInput, Relay
 from peftlight.strategy import PEFTStrategy
-from peftlight.targets import place_of, select
+from peftlight.targets import select
 
 Variant = Literal["houlsby", "pfeiffer", "parallel"]
 Norm = Literal["none", "before", "after"]

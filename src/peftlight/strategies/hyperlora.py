@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
+from peftlight.paths import place_of
 from peftlight.strategies.lora import LoRA
 from peftlight.strategies.lora_layers import LinearLoRA
 from peftlight.strategy import Adapter, PEFTStrategy
-from peftlight.targets import place_of
 
 
 @dataclass

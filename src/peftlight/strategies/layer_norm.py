@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from peftlight.errors import UserError, listed
+from peftlight.paths import own_modules
 from peftlight.strategy import PEFTStrategy
-from peftlight.targets import matching, own_modules
+from peftlight.targets import matching
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What every task shares: the model with its strategy, the loss per label, the optimizer, and what is saved."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from peftlight.errors import UserError, listed
 from peftlight.liveness import Liveness, Verdict
 from peftlight.pretrained import Dtype, Source, checkpoint_gradients
-from peftlight.strategy import Adapter, Material, PEFTStrategy, attach
+from peftlight.strategy import Adapter, PEFTStrategy, attach
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.label_window import LabelWindow
 from peftlight.tasks.optimizer import default_optimizer, new_optimizer
+from peftlight.tasks.preparation import prepare_strategy
 from peftlight.tasks.schedule import LinearWarmup
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -107,8 +108,14 @@ class PEFTModule(LightningModule):
             if self.gradient_checkpointing:
                 checkpoint_gradients(model)
             self.model, self.adapter = model, adapter  # only now: a second try must meet the same errors
-            self._prepare_strategy()
+            if self._starts_anew() and _overrides(self.strategy, "prepare") and self.strategy.looks_at_data:
+                self._check_precision()
+                prepare_strategy(self)
         self._check_precision()
+
+    def _starts_anew(self) -> bool:
+        """Whether a training is to come that is not taken up from a checkpoint."""
+        return bool(self._trainer) and self.trainer.training and self.trainer.ckpt_path is None
 
     def _base(self) -> tuple[nn.Module, list[str]]:
         """The base model, and the names of the parameters that no file held."""
@@ -127,32 +134,6 @@ class PEFTModule(LightningModule):
                 "nothing would train them. Choose a model made for this task, or list their modules in "
                 "model.trained_modules."
             )
-
-    def _prepare_strategy(self) -> None:
-        """Let the strategy initialise from the training data, unless a training is resumed or none is to come."""
-        trainer = self._trainer
-        if not (_overrides(self.strategy, "prepare") and self.strategy.looks_at_data and trainer and trainer.training):
-            return
-        if trainer.ckpt_path is not None:
-            return
-        assert self.adapter is not None
-        self._check_precision()
-        self.to(trainer.strategy.root_device)
-        # Apart, and the same in every process: the order of the training rows does not depend on it.
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
-            torch.manual_seed(0)
-            self.strategy.prepare(self.adapter, Material(self._training_inputs, self._token_ids))
-
-    def _training_inputs(self) -> Iterator[Mapping[str, Tensor]]:
-        source: Any = self._datamodule() or self.trainer.fit_loop._data_source.instance
-        loader = source.train_dataloader() if hasattr(source, "train_dataloader") else source
-        for batch in loader:
-            yield self.inputs({key: value.to(self.device) for key, value in batch.items()})
-
-    def _token_ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer()(text, add_special_tokens=False)["input_ids"]
-        return ids
 
     def _check_precision(self) -> None:
         assert self.adapter is not None

@@ -49,18 +49,20 @@ class ImageClassification(Classifier):
             )
         return self.source.load_image_processor()
 
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the model reads: pixel_values (rows, channels, height, width)."""
+        return {"pixel_values": batch["pixel_values"]}
+
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The scores (rows, classes) for pixel_values (rows, channels, height, width)."""
-        pixels = batch["pixel_values"]
+        """The scores (rows, classes)."""
         try:
-            output = self(pixel_values=pixels)
+            return super().logits(batch)
         except ValueError as error:  # a model that takes one size only refuses another
-            height, width = pixels.shape[-2:]
+            height, width = batch["pixel_values"].shape[-2:]
             raise UserError(
                 f"{self._base_name()} refuses images of {height} x {width} pixels: {error} "
                 "Set data.image_size, or choose another data.image_processor."
             ) from error
-        return output.logits if hasattr(output, "logits") else output
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each image: its id, its file, the label, the label's probability, and all probabilities."""

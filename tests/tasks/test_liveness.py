@@ -1,0 +1,144 @@
+"""After every fit an audit: gradients, movement, the frozen base; and what else a strategy asks of the training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from models import make
+from peftlight import Adapter, PEFTStrategy, attach
+from peftlight.delta import Base, Delta
+from peftlight.errors import UserError
+from peftlight.liveness import Liveness
+from peftlight.strategies import BitFit, LoRA
+from peftlight.tasks import SequenceClassification
+from tasks.small import QUIET, batches, class_rows, loader, quiet_trainer, trained
+
+pytestmark = QUIET
+LABELS = [0, 1, 2, 0]
+
+
+def fitted(
+    strategy: PEFTStrategy, folder: Path, callbacks: Sequence[Callback] = (), **options: Any
+) -> SequenceClassification:
+    module = SequenceClassification(make("bert"), strategy, num_labels=3, **options)
+    torch.manual_seed(0)
+    rows = batches(class_rows([5, 7, 4, 6], LABELS), 2)
+    quiet_trainer(folder, callbacks, max_epochs=3).fit(module, loader(rows))
+    return module
+
+
+def test_the_audit_of_a_sound_training(tmp_path: Path) -> None:
+    module = fitted(LoRA(rank=2), tmp_path)
+    assert {tensor.name for tensor in module.verdict.trained} == set(trained(module.model))
+    assert all(tensor.had_gradient and tensor.moved for tensor in module.verdict.trained)
+    assert module.verdict.still == []
+    assert "trained tensors moved, the frozen base is unchanged" in str(module.verdict)
+    assert len(module.verdict.base_checksum) == 16
+    assert fitted(BitFit(), tmp_path).verdict.base_checksum != module.verdict.base_checksum  # another base is frozen
+    assert fitted(LoRA(rank=2), tmp_path).verdict.base_checksum == module.verdict.base_checksum
+
+
+class _Scale(Delta):
+    def __init__(self, dead: bool) -> None:
+        super().__init__()
+        self.l = nn.Parameter(torch.ones(32))
+        if dead:
+            self.dead = nn.Parameter(torch.ones(32))
+
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        y: Tensor = base(x)
+        return y * self.l
+
+
+@dataclass
+class _Scaled(PEFTStrategy):
+    dead: bool = False
+
+    def deltas(self, model: nn.Module) -> list[tuple[str, Delta]]:
+        return [("bert.encoder.layer.0.output.dense", _Scale(self.dead))]
+
+    def learning_rates(self, adapter: Adapter) -> dict[str, float]:
+        return {name: 0.0 for name in adapter.parameters() if ".deltas." in name}
+
+
+def test_a_tensor_without_a_gradient_ends_the_run_at_its_first_step(tmp_path: Path) -> None:
+    counted = _Count()
+    with pytest.raises(UserError, match=r"1 of 4 trained tensors had no gradient .*output.dense.deltas.default.dead"):
+        fitted(_Scaled(dead=True), tmp_path, [counted])
+    assert counted.steps == 0
+
+
+def test_a_tensor_that_stays_where_it_was_is_named(tmp_path: Path) -> None:
+    verdict = fitted(_Scaled(), tmp_path).verdict
+    assert verdict.still == ["bert.encoder.layer.0.output.dense.deltas.default.l"]
+    assert "2 of 3 trained tensors moved" in str(verdict)
+    assert "where they started: bert.encoder.layer.0.output.dense.deltas.default.l" in str(verdict)
+
+
+class _Count(Callback):
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps += 1
+
+
+class _Spoil(Callback):
+    """Writes one value of the frozen base."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            pl_module.model.bert.encoder.layer[1].intermediate.dense.weight[3, 4] += 1e-6
+
+
+def test_a_frozen_weight_that_changed_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"frozen base changed .*bert.encoder.layer.1.intermediate.dense.weight"):
+        fitted(LoRA(rank=2), tmp_path, [_Spoil()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+def test_any_change_of_one_value_changes_the_checksum(dtype: torch.dtype) -> None:
+    frozen = nn.Parameter(torch.arange(30).to(dtype), requires_grad=False)
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_parameter("frozen", frozen)
+    adapter = attach(model, LoRA(rank=1, target_modules=["0"]))
+    for position in (0, 17, 29):
+        watch = Liveness(adapter)
+        watch.verdict()
+        frozen.data[position] += 1
+        with pytest.raises(UserError, match="frozen"):
+            watch.verdict()
+    swapped = Liveness(adapter)
+    frozen.data[[3, 9]] = frozen.data[[9, 3]]
+    with pytest.raises(UserError, match="frozen"):
+        swapped.verdict()
+
+
+def test_gradient_checkpointing_trains_the_same(tmp_path: Path) -> None:
+    plain, again = fitted(LoRA(rank=2), tmp_path), fitted(LoRA(rank=2), tmp_path, gradient_checkpointing=True)
+    assert again.model.is_activation_checkpointing
+    for name, value in trained(plain.model).items():
+        assert torch.allclose(trained(again.model)[name], value, atol=1e-6), name
+
+
+def test_gradient_checkpointing_of_a_plain_module_is_refused(tmp_path: Path) -> None:
+    module = SequenceClassification(nn.Sequential(nn.Linear(2, 2)), LoRA(rank=1, target_modules=["0"]), num_labels=2,
+                                    gradient_checkpointing=True)  # fmt: skip
+    with pytest.raises(UserError, match="Gradient checkpointing was asked for, but Sequential does not offer it"):
+        module.configure_model()
+
+
+def test_the_strategys_factors_reach_the_optimizer(tmp_path: Path) -> None:
+    module = SequenceClassification(make("bert"), LoRA(rank=2, lora_plus_ratio=16.0), num_labels=3)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, loader(batches(class_rows([5, 7, 4, 6], LABELS), 2)))
+    names = {id(parameter): name for name, parameter in trained(module.model).items()}
+    rates = {names[id(p)].rpartition(".")[2]: group["initial_lr"] for group in trainer.optimizers[0].param_groups
+             for p in group["params"]}  # fmt: skip
+    assert rates["B"] == 16 * rates["A"] == 16 * rates["weight"]
