@@ -87,6 +87,12 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [name for name in names if name in found and not inside(name.rpartition(".")[0], found)]
 
 
+def trained_whole(model: nn.Module) -> list[str]:
+    """Modules whose weight is already trained: a head takes no LoRA on top."""
+    weights = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
+    return [name for name, weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]
+
+
 def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
     """The value of the first pattern, a regular expression, that matches the end of `name` at a dot; or `default`."""
     return next((value for pattern, value in patterns.items() if at_end(pattern, name)), default)

@@ -29,7 +29,7 @@ from peftlight.strategies.lora_eva import EvaLoRA, settle
 from peftlight.strategies.lora_layers import ConvLoRA, EmbeddingLoRA, LinearLoRA, largest_rank, matrix_shapes
 from peftlight.strategies.lora_start import DifferenceLoRA, Factors, start_from
 from peftlight.strategy import Adapter, Material, PEFTStrategy
-from peftlight.targets import Selection, check_patterns, matching, pattern_value, select
+from peftlight.targets import Selection, check_patterns, matching, pattern_value, select, trained_whole
 
 Start = Literal["default", "gaussian", "pissa", "olora", "eva"]
 FROM_WEIGHT = ("pissa", "olora")
@@ -250,16 +250,10 @@ class LoRA(PEFTStrategy):
             )
 
     def _selection(self, model: nn.Module) -> Selection:
-        whole = _trained_whole(model) + matching(model, self.modules_to_save)
+        whole = trained_whole(model) + matching(model, self.modules_to_save)
         return select(
             model, self.target_modules, _KINDS, exclude_modules=self.exclude_modules, layers=self.layers, skip=whole
         )
 
 
 _KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
-
-
-def _trained_whole(model: nn.Module) -> list[str]:
-    """Modules whose weight is already trained: a head takes no LoRA on top."""
-    weights = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
-    return [name for name, weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]
