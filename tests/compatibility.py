@@ -79,7 +79,7 @@ def _inputs(task: str, architecture: str) -> Mapping[str, Tensor]:
 
 @cache
 def documented() -> dict[tuple[str, str, str], str]:
-    """The cells of the document: "yes", or "-" with the number of its reason."""
+    """The cells of the document: "yes", or "no" with the number of its reason."""
     lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
     cells = {}
     for line in lines[2:]:

@@ -88,7 +88,7 @@ def _blocks(stack: str, names: Sequence[str], modules: dict[str, nn.Module]) -> 
 def _block(path: str, names: Sequence[str], modules: dict[str, nn.Module]) -> Block:
     roots = {name: _attention_root(name, path, modules) for name in names}
     found = (
-        _attention([name for name in names if roots[name] == root], root)
+        _attention([name for name in names if roots[name] == root], root, path)
         for root in dict.fromkeys(filter(None, roots.values()))
     )
     attentions = sorted(filter(None, found), key=lambda attention: attention.crossed)
@@ -106,7 +106,7 @@ def _attention_root(name: str, block: str, modules: dict[str, nn.Module]) -> str
     return None
 
 
-def _attention(names: Sequence[str], root: str) -> Attention | None:
+def _attention(names: Sequence[str], root: str, block: str) -> Attention | None:
     roles: dict[str, str | None] = {role: _first(names, pattern) for role, pattern in _ROLES.items()}
     separate = all(roles.values())
     fused = None if separate else next((name for name in names if re.search("qkv|c_attn|query_key_value", name)), None)
@@ -114,7 +114,7 @@ def _attention(names: Sequence[str], root: str) -> Attention | None:
     if source is None:
         return None
     core = source.rpartition(".")[0]
-    crossed = re.search("cross|enc_?dec|encoder_attn", f"{root}.{core}".lower()) is not None
+    crossed = re.search("cross|enc_?dec|encoder_attn", f"{root}.{core}".replace(block, "").lower()) is not None
     kept = roles if separate else dict.fromkeys(roles)
     sources = {fused, *kept.values()}
     output = next((name for name in reversed(names) if name not in sources), None)

@@ -63,6 +63,13 @@ class Delta(nn.Module):
         """A delta that computes the same without what only training needed; it is what gets saved."""
         return self
 
+    def check_length(self, tokens: int) -> None:
+        """Called before the first step with the length of the longest row, where the data knows it.
+
+        Raises:
+            UserError: the model has no positions left for such a row beside what this adds.
+        """
+
     def take_shapes(self, state: Mapping[str, Tensor]) -> None:
         """Make room for saved tensors, named as in `state_dict()`, where the shapes depend on data."""
 

@@ -76,16 +76,21 @@ class Liveness:
         base = _checksums(self._frozen())
         changed = sorted(name for name, value in self._base.items() if base.get(name) != value)
         if changed:
-            raise UserError(f"The frozen base changed while it was trained: {listed(changed)}. Nothing was saved.")
+            raise UserError(
+                f"The frozen base changed while it was trained: {listed(changed)}. The adapter is not saved."
+            )
         now = _checksums(self.adapter.parameters().items())
         trained = [Trained(name, name in self._had_gradient, now.get(name) != old) for name, old in self._start.items()]
         return Verdict(trained, hashlib.sha256(repr(sorted(base.items())).encode()).hexdigest()[:16])
 
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
-        trained = self.adapter.state()
-        for name, parameter in self.adapter.model.named_parameters():
-            if not parameter.requires_grad and name not in trained:
-                yield name, parameter
+        """The parameters and the saved buffers that are not the adapter's."""
+        model, own = self.adapter.model, self.adapter.state()
+        saved = model.state_dict()
+        for named in (model.named_parameters(), model.named_buffers()):
+            for name, tensor in named:
+                if name in saved and name not in own and not tensor.requires_grad:
+                    yield name, tensor
 
 
 def _checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
@@ -95,11 +100,15 @@ def _checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """The sum over all values of w (w + position), where w are the value's bits as an integer; modulo 2^64."""
+    """Σ w (2 p + 1) modulo 2^64 over the positions p, where w are the value's bits as an integer.
+
+    An odd factor has an inverse modulo 2^64, so no change of a single value leaves the sum as it was.
+    """
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     words = local.contiguous().view(-1).view(_INTEGERS[local.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=local.device)
-    for part in words.split(_PART):
-        bits = part.to(torch.int64)
-        total += (bits * (bits + torch.arange(1, len(bits) + 1, device=bits.device))).sum()
+    for start in range(0, len(words), _PART):
+        bits = words[start : start + _PART].to(torch.int64)
+        positions = torch.arange(start, start + len(bits), device=bits.device)
+        total += (bits * (2 * positions + 1)).sum()
     return total

@@ -13,6 +13,13 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the model, without those that adapters brought along."""
+    for name, parameter in model.named_parameters():
+        if "deltas" not in name.split("."):
+            yield name, parameter
+
+
 def heads_of(model: nn.Module) -> set[str]:
     """Paths of the output embedding and of what stands outside the backbone, where the model has one."""
     output_embedding = getattr(model, "get_output_embeddings", lambda: None)()

@@ -34,8 +34,10 @@ class PEFTStrategy:
     """Whether the base's values are kept while they are trained in place, so that `Adapter.remove` restores them."""
     starts_unchanged: bool = True
     """Whether the model computes the same right after `attach` as before."""
-    looks_at_data: bool = True
-    """Whether `prepare`, where a strategy has one, has anything to do."""
+
+    def uses(self, hook: str) -> bool:
+        """Whether the hook of that name does anything."""
+        return getattr(type(self), hook) is not getattr(PEFTStrategy, hook)
 
     def deltas(self, model: nn.Module) -> Iterable[tuple[str, Delta]]:
         """Pairs (module name, delta) to install, one for each module. The base is frozen when this is called."""
@@ -112,7 +114,7 @@ class Adapter:
                 if id(value) not in seen:
                     kept[self._prefix(site) + key] = value
                 seen.add(id(value))
-        return {name: value.detach() for name, value in kept.items()}
+        return {name: self.merged.get(name, value).detach() for name, value in kept.items()}
 
     def load_state(self, state: Mapping[str, Tensor], origin: str = "the state") -> None:
         """Copy `state` into the model.
@@ -120,6 +122,8 @@ class Adapter:
         Raises:
             UserError: a key is missing, unexpected or of another shape; nothing has been copied then.
         """
+        if self.merged:
+            raise UserError(f"The adapter {self.name!r} is merged; unmerge it before loading into it.")
         for site, delta in self.sites.items():
             prefix = self._prefix(site)
             delta.take_shapes({key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})

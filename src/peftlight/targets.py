@@ -1,10 +1,11 @@
 """Which modules a strategy changes: names, patterns, presets, and ranges of layers."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -65,6 +66,14 @@ def select(
     modules = {name: module for name, module in scene.modules.items() if name in kept}
     matched = {entry: sum(name in modules for name in names) for entry, names in wanted.items()}
     return Selection(modules, matched, notice)
+
+
+def chosen(model: nn.Module, *arguments: Any, skip: Collection[str] = (), **options: Any) -> dict[str, nn.Module]:
+    """What `select` gives, less what is trained whole already; what a person should be told of the choice is logged."""
+    selection = select(model, *arguments, skip=[*trained_whole(model), *skip], **options)
+    if selection.notice:
+        logging.getLogger("peftlight").warning(selection.notice)
+    return selection.modules
 
 
 def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -125,7 +125,7 @@ class VirtualTokens(Delta):
         embeddings = inputs.get("inputs_embeds")
         if embeddings is None:
             embeddings = self.entrance.embed(module, inputs["input_ids"])
-        self._check_room(embeddings.shape[1])
+        self.check_length(embeddings.shape[1])
         prompt = self.prompt()[: self.count].to(embeddings.dtype).expand(len(embeddings), -1, -1)
         inputs |= {"input_ids": None, "inputs_embeds": torch.cat([prompt, embeddings], 1)}
 
@@ -142,12 +142,12 @@ class VirtualTokens(Delta):
             if inputs.get(name) is not None:
                 inputs[name] = padding_first(inputs[name], mask, self.count)
 
-    def _check_room(self, length: int) -> None:
+    def check_length(self, tokens: int) -> None:
         most = self.entrance.positions
-        if most is not None and length + self.count > most:
-            fewer = f", or set num_virtual_tokens to {most - length} or less" if length < most else ""
+        if most is not None and tokens + self.count > most:
+            fewer = f", or set num_virtual_tokens to {most - tokens} or less" if tokens < most else ""
             raise UserError(
-                f"Rows of {length} tokens and {self.count} virtual tokens need {length + self.count} positions, but "
+                f"Rows of {tokens} tokens and {self.count} virtual tokens need {tokens + self.count} positions, but "
                 f"the model has {most}. Cut rows to {most - self.count} tokens (data.max_length){fewer}."
             )
 

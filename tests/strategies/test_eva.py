@@ -282,8 +282,8 @@ def test_a_base_in_half_precision(tmp_path: Path) -> None:
 
 
 def test_plain_lora_looks_at_no_data() -> None:
-    assert not LoRA().looks_at_data
-    assert LoRA(init_lora_weights="eva").looks_at_data
+    assert not LoRA().uses("prepare")
+    assert LoRA(init_lora_weights="eva").uses("prepare")
 
 
 def test_a_fit_looks_at_the_data_first_and_resumes_to_the_same_end(tmp_path: Path) -> None:

@@ -12,7 +12,18 @@ from peftlight import Adapter, PEFTStrategy, attach, load_adapter, save_adapter
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
 from peftlight.report import rows_of, table_of
-from peftlight.strategies import IA3, BitFit, Full, LoRA, Stack
+from peftlight.strategies import (
+    IA3,
+    AdaLoRA,
+    BitFit,
+    BottleneckAdapter,
+    Full,
+    HyperLoRA,
+    LayerNormTuning,
+    LoRA,
+    PTuning,
+    Stack,
+)
 from strategies.against_peft import losses, output
 from strategies.small import stirred
 
@@ -27,7 +38,9 @@ def test_it_computes_what_two_adapters_compute() -> None:
     inner, outer = lora_and_ia3()
     attach(apart, inner, "LoRA")
     attach(apart, outer, "IA3")
-    values = {name.replace("deltas.default.", "deltas."): value for name, value in adapter.parameters().items()}
+    values = {
+        name.replace("default.0", "LoRA").replace("default.1", "IA3"): p for name, p in adapter.parameters().items()
+    }
     with torch.no_grad():
         for name, parameter in apart.named_parameters():
             if ".deltas." in name:
@@ -68,7 +81,7 @@ def test_dora_merges_first_or_not_at_all() -> None:
     first.merge()
     assert torch.allclose(output(first.model, inputs), apart, atol=1e-5)
     second = stirred(attach(make("bert"), Stack([IA3(), dora])))
-    with pytest.raises(UserError, match=r"LoRA reads the module's own weight.*Put it first"):
+    with pytest.raises(UserError, match=r"LinearDoRA reads the module's own weight.*Put it first"):
         second.merge()
 
 
@@ -126,8 +139,8 @@ def test_hooks_reach_every_member_with_its_own_part() -> None:
     adapter = attach(nn.Sequential(nn.Linear(2, 2)), stack)
     assert float(stack.penalty(adapter).detach()) == 2 * 2 + 3 * 3
     assert stack.learning_rates(adapter) == {
-        "0.deltas.default._Hooked.c": 2.0,
-        "0.deltas.default._Hooked2.c": 3.0,
+        "0.deltas.default.0.c": 2.0,
+        "0.deltas.default.1.c": 3.0,
     }
     stack.after_step(adapter, 4, 9)
     assert [member.calls for member in stack.strategies] == [[(["0"], 4, 9)]] * 2
@@ -140,7 +153,7 @@ def test_one_strategy_is_no_stack() -> None:
 
 
 def test_a_stack_with_full_fine_tuning_cannot_be_removed() -> None:
-    adapter = attach(make("bert"), Stack([IA3(), Full()]))
+    adapter = attach(make("bert"), Stack([BottleneckAdapter(reduction_factor=4), Full()]))
     with pytest.raises(UserError, match="Stack trains the base itself"):
         adapter.remove()
 
@@ -152,3 +165,53 @@ def test_the_metadata_are_plain(tmp_path: Path) -> None:
         "LoRA",
         "IA3",
     ]
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [PTuning(3), LayerNormTuning()],
+        [HyperLoRA(rank=4), BitFit()],
+        [LoRA(rank=4, init_lora_weights="pissa"), LoRA(rank=2)],
+        [Stack([LoRA(rank=20, init_lora_weights="pissa"), BitFit()]), LayerNormTuning()],
+    ],
+    ids=["p-tuning", "hyperlora", "two of one class", "nested"],
+)
+def test_what_is_saved_simpler_comes_back(members: list[PEFTStrategy], tmp_path: Path) -> None:
+    model, inputs = make("bert"), inputs_for("bert")
+    save_adapter(stirred(attach(model, Stack(members))), tmp_path)
+    fresh = make("bert")
+    load_adapter(fresh, tmp_path)
+    assert torch.allclose(output(fresh, inputs), output(model, inputs), atol=1e-6)
+
+
+def test_shares_add_up_beside_biases_of_adapters() -> None:
+    adapter = attach(make("bert"), Stack([BottleneckAdapter(reduction_factor=4), BitFit()]))
+    shares = [set(part.parameters()) for part in adapter.strategy.parts(adapter)]
+    assert not shares[0] & shares[1]
+    assert shares[0] | shares[1] == set(adapter.parameters())
+
+
+def test_saving_while_merged_saves_what_was_trained(tmp_path: Path) -> None:
+    adapter = stirred(attach(make("bert"), Stack([IA3(), BitFit()])))
+    before = {name: value.clone() for name, value in adapter.state().items()}
+    adapter.merge()
+    assert all(torch.equal(value, before[name]) for name, value in adapter.state().items())
+    with pytest.raises(UserError, match="is merged; unmerge it before loading"):
+        adapter.load_state(before)
+
+
+class _Twice(PEFTStrategy):
+    def deltas(self, model: nn.Module) -> list[tuple[str, Delta]]:
+        return [("0", _Shift(1.0)), ("0", _Shift(2.0))]
+
+
+def test_a_member_with_two_deltas_on_a_module_is_refused() -> None:
+    with pytest.raises(UserError, match="_Twice puts two deltas on 0"):
+        attach(nn.Sequential(nn.Linear(2, 2)), Stack([_Twice(), _Hooked(1.0)]))
+
+
+def test_it_uses_what_its_members_use() -> None:
+    assert not any(Stack(lora_and_ia3()).uses(hook) for hook in ("prepare", "check_steps", "after_step"))
+    assert Stack([AdaLoRA(), IA3()]).uses("after_step")
+    assert Stack([LoRA(init_lora_weights="eva"), IA3()]).uses("prepare")

@@ -22,7 +22,7 @@ from peftlight.strategy import Adapter, PEFTStrategy, attach
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 
-# One row for each method that HF PEFT has; everything else goes through our own format.
+# One row for each method that is exchanged with HF PEFT; everything else goes through our own format.
 _WRITERS: dict[type[PEFTStrategy], Callable[[Adapter], tuple[Config, Tensors]]] = {
     AdaLoRA: hf_adalora.to_peft,
     LoRA: hf_peft.to_peft,
@@ -34,7 +34,7 @@ _READERS: dict[str, Callable[[Config, Tensors, nn.Module, str], Contents]] = {
 
 
 def save_adapter(adapter: Adapter, folder: str | Path) -> None:
-    """Write the adapter's config, tensors and origin into `folder`; in HF PEFT's format where that has the method.
+    """Write the adapter's config, tensors and origin into `folder`; in HF PEFT's format for LoRA and AdaLoRA.
 
     What only training needed (the network that makes a prefix, say) is left out: see `Adapter.finished`.
 
@@ -67,7 +67,7 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> Adapter:
-    """Put the adapter in `folder`, one of ours or a LoRA of HF PEFT's, on `model`.
+    """Put the adapter in `folder`, one of ours or a LoRA or AdaLoRA of HF PEFT's, on `model`.
 
     As after `attach`, the base is frozen and all that the adapter owns is trainable. What is trained in place keeps
     the precision of the file: in a half-precision base, a head saved in float32 becomes float32, and the model then

@@ -1,10 +1,10 @@
-"""Files for the strategies that HF PEFT does not have, a user's own among them.
+"""Files for the strategies that are not exchanged with HF PEFT, a user's own among them.
 
 The layout is HF PEFT's; the type `PEFTLIGHT_<NAME>` makes HF PEFT refuse them instead of misreading them. The tensors
 have the names they have in the model, without the adapter's name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -42,7 +42,7 @@ def from_own(config: Config, tensors: Tensors, model: nn.Module, name: str = "de
     if not isinstance(trained, list) or not all(isinstance(entry, str) for entry in trained):
         raise UserError(f"'trained' is {trained!r}; expected a list of names.")
     strategy = as_strategy(spec)
-    for part in strategy.strategies if isinstance(strategy, Stack) else [strategy]:
+    for part in _parts(strategy):
         if isinstance(part, LoRA):
             part.refuses_wasted_rank = False  # a PiSSA is saved with twice its rank
     if config["peft_type"] != _type_of(strategy):
@@ -52,6 +52,15 @@ def from_own(config: Config, tensors: Tensors, model: nn.Module, name: str = "de
     modules = dict(model.named_modules())
     by_strategy = set(strategy.train(model))
     return Contents(strategy, [entry for entry in trained if entry in modules and entry not in by_strategy], state)
+
+
+def _parts(strategy: PEFTStrategy) -> Iterator[PEFTStrategy]:
+    """The strategy, or all that a stack holds."""
+    if not isinstance(strategy, Stack):
+        yield strategy
+        return
+    for member in strategy.strategies:
+        yield from _parts(member)
 
 
 def _type_of(strategy: PEFTStrategy) -> str:

@@ -4,7 +4,6 @@ Qingru Zhang, Minshuo Chen, Alexander Bukharin, Nikos Karampatziakis, Pengcheng 
 2023, https://arxiv.org/abs/2303.10512
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -26,7 +25,7 @@ from peftlight.strategies.adalora_layers import (
     whole,
 )
 from peftlight.strategy import Adapter, PEFTStrategy
-from peftlight.targets import select, trained_whole
+from peftlight.targets import chosen
 
 
 @dataclass
@@ -79,6 +78,8 @@ class AdaLoRA(PEFTStrategy):
                 f"{self.target_r}. Set init_r to {self.target_r + 1} or more (half as much again is usual)"
                 + (f", or target_r to {self.init_r - 1} or less." if self.init_r > 1 else ".")
             )
+        if self.alpha <= 0:
+            raise UserError(f"AdaLoRA's alpha is a number above 0, or the update would be nothing; got {self.alpha}.")
         if self.interval < 1:
             raise UserError(f"AdaLoRA's interval is at least 1 step; got {self.interval}.")
         for name, value in (("initial_phase", self.initial_phase), ("final_phase", self.final_phase)):
@@ -93,13 +94,10 @@ class AdaLoRA(PEFTStrategy):
             raise UserError(f"AdaLoRA's orthogonality is a weight of at least 0; got {self.orthogonality}.")
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
-        selection = select(
-            model, self.target_modules, (nn.Linear,), exclude_modules=self.exclude_modules, layers=self.layers,
-            skip=trained_whole(model),
-        )  # fmt: skip
-        if selection.notice:
-            logging.getLogger("peftlight").warning(selection.notice)
-        sizes = {name: widths(module) for name, module in selection.modules.items()}
+        sites = chosen(
+            model, self.target_modules, (nn.Linear,), exclude_modules=self.exclude_modules, layers=self.layers
+        )
+        sizes = {name: widths(module) for name, module in sites.items()}
         self._check_ranks(sizes)
         scale = self.alpha / (self.init_r + 1e-5)  # HF PEFT guards the division, and so the last digits are its own
         for name, (inputs, outputs) in sizes.items():

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftlight.blocks import blocks_of
 from peftlight.errors import UserError
-from peftlight.paths import heads_of
+from peftlight.paths import heads_of, own_parameters
 from peftlight.strategy import PEFTStrategy
 
 
@@ -23,7 +23,7 @@ class BitFit(PEFTStrategy):
     """Which biases: all, or the paper's subset b_q and b_m2, of the query and of the feed-forward's inner layer."""
 
     def train(self, model: nn.Module) -> Iterable[str]:
-        parameters = dict(model.named_parameters())
+        parameters = dict(own_parameters(model))
         if self.biases == "all":
             names = [name for name in parameters if _is_bias(name)]
         else:

@@ -20,7 +20,7 @@ from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
 from peftlight.paths import place_of
 from peftlight.strategies.lora import LoRA
-from peftlight.strategies.lora_layers import LinearLoRA
+from peftlight.strategies.lora_layers import LinearLoRA, plain_lora
 from peftlight.strategy import Adapter, PEFTStrategy
 
 
@@ -131,6 +131,4 @@ class WrittenLoRA(Delta):
     @torch.no_grad()
     def finished(self) -> Delta:
         a, b = self.network(self.layer, self.kind)
-        plain = LinearLoRA(tuple(a.shape), tuple(b.shape), self.scale)
-        plain.A, plain.B, plain.dropout = nn.Parameter(a), nn.Parameter(b), self.dropout
-        return plain
+        return plain_lora(a, b, self.scale, getattr(self.dropout, "p", 0.0))

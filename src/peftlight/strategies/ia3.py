@@ -15,7 +15,7 @@ from peftlight.delta import Base, Delta
 from peftlight.errors import UserError, listed
 from peftlight.linear import widths
 from peftlight.strategy import PEFTStrategy
-from peftlight.targets import matching, select
+from peftlight.targets import chosen, matching
 
 
 @dataclass
@@ -33,7 +33,7 @@ class IA3(PEFTStrategy):
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
         targets = _keys_values_and_outputs(model) if self.target_modules is None else self.target_modules
-        sites = select(model, targets, (nn.Linear,), exclude_modules=self.exclude_modules, layers=self.layers).modules
+        sites = chosen(model, targets, (nn.Linear,), exclude_modules=self.exclude_modules, layers=self.layers)
         feed_forward = self._feed_forward(model, sites)
         for name, module in sites.items():
             inputs, outputs = widths(module)
@@ -42,13 +42,14 @@ class IA3(PEFTStrategy):
     def _feed_forward(self, model: nn.Module, sites: dict[str, nn.Module]) -> set[str]:
         if self.feedforward_modules is None:
             return {block.feed_forward.output for block in blocks_of(model) if block.feed_forward}
-        named = set(matching(model, self.feedforward_modules))
-        if not named & sites.keys():
+        named = {entry: set(matching(model, [entry])) & sites.keys() for entry in self.feedforward_modules}
+        lost = [entry for entry, names in named.items() if not names]
+        if lost:
             raise UserError(
-                f"feedforward_modules: {listed(self.feedforward_modules)} are not among the layers that target_modules "
-                f"selects: {listed(sites)}. Add them there."
+                f"feedforward_modules: {listed(lost)} are not among the layers that target_modules selects: "
+                f"{listed(sites)}. Add them there."
             )
-        return named
+        return {name for names in named.values() for name in names}
 
 
 def _keys_values_and_outputs(model: nn.Module) -> list[str]:

@@ -12,7 +12,6 @@ Soufiane Hayou, Nikhil Ghosh, Bin Yu, 2024, https://arxiv.org/abs/2402.12354
 DoRA is in `lora_dora`, PiSSA and OLoRA are in `lora_start`, EVA is in `lora_eva`.
 """
 
-import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,12 +23,13 @@ from torch import nn
 from peftlight.delta import Delta
 from peftlight.errors import UserError, listed, nearest
 from peftlight.linear import is_linear
+from peftlight.paths import own_parameters
 from peftlight.strategies.lora_dora import ConvDoRA, EmbeddingDoRA, LinearDoRA
 from peftlight.strategies.lora_eva import EvaLoRA, settle
 from peftlight.strategies.lora_layers import ConvLoRA, EmbeddingLoRA, LinearLoRA, largest_rank, matrix_shapes
 from peftlight.strategies.lora_start import DifferenceLoRA, Factors, start_from
 from peftlight.strategy import Adapter, Material, PEFTStrategy
-from peftlight.targets import Selection, check_patterns, matching, pattern_value, select, trained_whole
+from peftlight.targets import check_patterns, chosen, matching, pattern_value
 
 Start = Literal["default", "gaussian", "pissa", "olora", "eva"]
 FROM_WEIGHT = ("pissa", "olora")
@@ -82,10 +82,12 @@ class LoRA(PEFTStrategy):
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
                 raise UserError(f"LoRA needs a rank of at least 1; {where} is {rank}.")
+        for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if alpha <= 0:
+                raise UserError(f"LoRA's {where} is a number above 0, or the update would be nothing; got {alpha}.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"LoRA's dropout is a share from 0 up to, not including, 1; got {self.dropout}.")
         self._check_options()
-        self.looks_at_data = self.init_lora_weights == "eva"
 
     def _check_options(self) -> None:
         start, starts = self.init_lora_weights, get_args(Start)
@@ -112,10 +114,7 @@ class LoRA(PEFTStrategy):
             raise UserError(f"LoRA's lora_plus_ratio is a factor above 0; got {self.lora_plus_ratio}.")
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
-        selection = self._selection(model)
-        if selection.notice:
-            logging.getLogger("peftlight").warning(selection.notice)
-        sites = selection.modules
+        sites = self._sites(model)
         check_patterns("rank_pattern", self.rank_pattern, sites)
         check_patterns("alpha_pattern", self.alpha_pattern, sites)
         if self.refuses_wasted_rank:
@@ -126,11 +125,14 @@ class LoRA(PEFTStrategy):
     def train(self, model: nn.Module) -> Iterable[str]:
         names = matching(model, self.modules_to_save)
         if self.bias == "all":
-            names += [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+            names += [name for name, _ in own_parameters(model) if name.rpartition(".")[2] == "bias"]
         if self.bias == "lora_only":
-            sites = self._selection(model).modules.items()
+            sites = self._sites(model).items()
             names += [f"{name}.bias" for name, module in sites if getattr(module, "bias", None) is not None]
         return names
+
+    def uses(self, hook: str) -> bool:
+        return super().uses(hook) and (hook != "prepare" or self.init_lora_weights == "eva")
 
     def prepare(self, adapter: Adapter, material: Material) -> None:
         """EVA: set A from the inputs that the layers have on the training rows, and settle the ranks."""
@@ -249,9 +251,9 @@ class LoRA(PEFTStrategy):
                 "layers out (exclude_modules)."
             )
 
-    def _selection(self, model: nn.Module) -> Selection:
-        whole = trained_whole(model) + matching(model, self.modules_to_save)
-        return select(
+    def _sites(self, model: nn.Module) -> dict[str, nn.Module]:
+        whole = matching(model, self.modules_to_save)
+        return chosen(
             model, self.target_modules, _KINDS, exclude_modules=self.exclude_modules, layers=self.layers, skip=whole
         )
 

@@ -164,7 +164,8 @@ def _look(
     model: nn.Module, found: dict[str, Directions], limits: Mapping[str, int], inputs: Mapping[str, Tensor]
 ) -> None:
     """Run the model on one batch, and take the inputs of the layers in."""
-    watcher, training = _Watcher(found, max(limits.values()), inputs.get("attention_mask")), model.training
+    two = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    watcher, training = _Watcher(found, max(limits.values()), inputs.get("attention_mask"), two), model.training
     handles = [model.get_submodule(s).register_forward_pre_hook(partial(watcher, s)) for s in limits]
     model.eval()
     try:
@@ -178,8 +179,8 @@ def _look(
 class _Watcher:
     """Layers that are called with the same input one after the other, as queries and keys are, share the work."""
 
-    def __init__(self, found: dict[str, Directions], most: int, mask: Tensor | None) -> None:
-        self.found, self.most, self.mask = found, most, mask
+    def __init__(self, found: dict[str, Directions], most: int, mask: Tensor | None, has_encoder: bool) -> None:
+        self.found, self.most, self.mask, self.has_encoder = found, most, mask, has_encoder
         self.last: tuple[Tensor, Directions] | None = None
 
     def __call__(self, site: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -188,11 +189,12 @@ class _Watcher:
             self.found.setdefault(site, self.last[1])
             return
         directions = self.found.setdefault(site, Directions(self.most))
-        directions.add(self._rows(x))
+        directions.add(self._rows(x, site))
         self.last = (x, directions)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """The tokens that are no padding, as (tokens, in)."""
-        if self.mask is not None and x.dim() == 3 and self.mask.shape == x.shape[:2]:
+    def _rows(self, x: Tensor, site: str) -> Tensor:
+        """The tokens that are no padding, as (tokens, in); the mask is that of the source, where there is a decoder."""
+        of_source = self.mask is not None and not (self.has_encoder and "decoder" in site.split("."))
+        if self.mask is not None and of_source and x.dim() == 3 and self.mask.shape == x.shape[:2]:
             return x[self.mask.bool()]
         return x.flatten(0, -2)

@@ -29,7 +29,7 @@ class LaterPositions(Delta):
         if given.get("position_ids") is not None:
             return base(**given | {"position_ids": given["position_ids"] + self.by})
         tokens: Tensor = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
-        self._check_length(tokens.shape[1])
+        self.check_length(tokens.shape[1])
         if "past_key_values_length" in self.names:
             return base(**given | {"past_key_values_length": given.get("past_key_values_length", 0) + self.by})
         cache = given.get("past_key_values")
@@ -37,7 +37,7 @@ class LaterPositions(Delta):
         positions = torch.arange(tokens.shape[1], device=tokens.device) + seen + self.by
         return base(**given | {"position_ids": positions.unsqueeze(0)})
 
-    def _check_length(self, tokens: int) -> None:
+    def check_length(self, tokens: int) -> None:
         if self.limit is not None and tokens + self.by > self.limit:
             raise UserError(
                 f"A row of {tokens} tokens after a prefix of {self.by} needs {tokens + self.by} positions; the model "

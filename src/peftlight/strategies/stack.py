@@ -14,6 +14,9 @@ from peftlight.delta import Base, Delta, nested
 from peftlight.errors import UserError
 from peftlight.strategy import Adapter, Material, PEFTStrategy
 
+_PASSED_ON = ("prepare", "check_steps", "after_step")
+"""Hooks that do something only if one of the strategies uses them."""
+
 
 @dataclass
 class Stack(PEFTStrategy):
@@ -27,43 +30,49 @@ class Stack(PEFTStrategy):
             raise UserError(f"Stack takes at least two strategies; it has {len(self.strategies)}.")
         self.restorable = all(member.restorable for member in self.strategies)
         self.starts_unchanged = all(member.starts_unchanged for member in self.strategies)
+        self._trained: list[list[str]] = [[] for _ in self.strategies]
 
-    @property
-    def members(self) -> dict[str, PEFTStrategy]:
-        """The strategies by the name of their class, numbered from the second of one class on."""
-        named: dict[str, PEFTStrategy] = {}
-        for member in self.strategies:
-            kind = type(member).__name__
-            earlier = sum(type(other) is type(member) for other in named.values())
-            named[f"{kind}{earlier + 1}" if earlier else kind] = member
-        return named
+    def uses(self, hook: str) -> bool:
+        return super().uses(hook) and (hook not in _PASSED_ON or any(member.uses(hook) for member in self.strategies))
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
         sites: dict[str, dict[str, Delta]] = {}
-        for name, member in self.members.items():
+        for number, member in enumerate(self.strategies):
             for site, delta in member.deltas(model):
-                sites.setdefault(site, {})[name] = delta
+                own = sites.setdefault(site, {})
+                if str(number) in own:
+                    raise UserError(
+                        f"{type(member).__name__} puts two deltas on {site or 'the model'}; one is possible."
+                    )
+                own[str(number)] = delta
         for site, deltas in sites.items():
             yield site, Layers(deltas)
 
     def train(self, model: nn.Module) -> Iterable[str]:
-        return dict.fromkeys(name for member in self.strategies for name in member.train(model))
+        self._trained = [list(member.train(model)) for member in self.strategies]
+        return dict.fromkeys(name for names in self._trained for name in names)
 
     def parts(self, adapter: Adapter) -> Sequence[Adapter]:
         return [
             Adapter(
-                f"{adapter.name}.{name}",
+                f"{adapter.name}.{number}",
                 adapter.model,
                 member,
-                sites={site: layers.deltas[name] for site, layers in _layers(adapter) if name in layers.deltas},
-                trained=list(member.train(adapter.model)),
+                sites={
+                    site: layers.deltas[str(number)]
+                    for site, layers in _layers(adapter)
+                    if str(number) in layers.deltas
+                },
+                trained=self._trained[number],
             )
-            for name, member in self.members.items()
+            for number, member in enumerate(self.strategies)
         ]
 
     def prepare(self, adapter: Adapter, material: Material) -> None:
-        for part in self.parts(adapter):
-            part.strategy.prepare(part, material)
+        # First what the model computes with from the start: another one may run the model to look at its activations.
+        for part in sorted(self.parts(adapter), key=lambda part: part.strategy.starts_unchanged):
+            if part.strategy.uses("prepare"):
+                part.strategy.prepare(part, material)
 
     def learning_rates(self, adapter: Adapter) -> Mapping[str, float]:
         return {key: rate for part in self.parts(adapter) for key, rate in part.strategy.learning_rates(part).items()}
@@ -82,7 +91,11 @@ class Stack(PEFTStrategy):
             part.strategy.after_step(part, step, last_step)
 
     def figures(self, adapter: Adapter) -> Mapping[str, float]:
-        return {name: value for part in self.parts(adapter) for name, value in part.strategy.figures(part).items()}
+        figures: dict[str, float] = {}
+        for number, part in enumerate(self.parts(adapter)):
+            for name, value in part.strategy.figures(part).items():
+                figures[f"{name}/{number}" if name in figures else name] = value
+        return figures
 
     def finished(self, adapter: Adapter) -> PEFTStrategy:
         return Stack([part.strategy.finished(part) for part in self.parts(adapter)])
@@ -98,22 +111,28 @@ class Layers(Delta):
 
     @property
     def deltas(self) -> dict[str, Delta]:
-        """The deltas by the name of their strategy, the innermost first."""
+        """The deltas by the number of their strategy, the innermost first."""
         return {name: child for name, child in self.named_children() if isinstance(child, Delta)}
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return nested(base, self.deltas.values())(*args, **kwargs)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        for place, (name, delta) in enumerate(self.deltas.items()):
+        for place, delta in enumerate(self.deltas.values()):
             if place and delta.reads_weight:
-                raise UserError(f"{name} reads the module's own weight, and the strategies before it in the stack have "
-                                "changed that. Put it first.")  # fmt: skip
+                raise UserError(
+                    f"{type(delta).__name__} reads the module's own weight, and the strategies before it in the stack "
+                    "have changed that. Put it first."
+                )
             weight, bias = delta.fold(weight, bias)
         return weight, bias
 
     def finished(self) -> Delta:
         return Layers({name: delta.finished() for name, delta in self.deltas.items()})
+
+    def check_length(self, tokens: int) -> None:
+        for delta in self.deltas.values():
+            delta.check_length(tokens)
 
     def take_shapes(self, state: Mapping[str, Tensor]) -> None:
         for name, delta in self.deltas.items():

@@ -15,7 +15,7 @@ from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
 from peftlight.linear import widths
 from peftlight.strategy import PEFTStrategy
-from peftlight.targets import select
+from peftlight.targets import chosen
 
 
 @dataclass
@@ -42,13 +42,15 @@ class VeRA(PEFTStrategy):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"VeRA needs a rank of at least 1; it is {self.rank}.")
+        if self.d_initial == 0:
+            raise UserError("VeRA's d_initial must not be 0: both vectors would have a gradient of zero for ever.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"VeRA's dropout is a share from 0 up to, not including, 1; got {self.dropout}.")
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
-        sites = select(
+        sites = chosen(
             model, self.target_modules, (nn.Linear,), exclude_modules=self.exclude_modules, layers=self.layers
-        ).modules
+        )
         sizes = {name: widths(module) for name, module in sites.items()}
         widest = max(inputs for inputs, _ in sizes.values()), max(outputs for _, outputs in sizes.values())
         shared = Projections(*widest, self.rank, self.projection_seed, self.save_projection)

@@ -70,6 +70,7 @@ class PEFTModule(LightningModule):
         self._liveness: Liveness | None = None
         self._window = LabelWindow(self._summed_over_processes)
         self._last_step = 0
+        self._prepared = False
         self._tokens: Tensor | None = None
         self._since = time.monotonic()
         self.save_hyperparameters(self._plain_hyperparameters(), logger=False)
@@ -108,10 +109,10 @@ class PEFTModule(LightningModule):
             if self.gradient_checkpointing:
                 checkpoint_gradients(model)
             self.model, self.adapter = model, adapter  # only now: a second try must meet the same errors
-            if self._starts_anew() and _overrides(self.strategy, "prepare") and self.strategy.looks_at_data:
-                self._check_precision()
-                prepare_strategy(self)
         self._check_precision()
+        if self._starts_anew() and not self._prepared and self.strategy.uses("prepare"):
+            prepare_strategy(self)
+            self._prepared = True
 
     def _starts_anew(self) -> bool:
         """Whether a training is to come that is not taken up from a checkpoint."""
@@ -185,9 +186,10 @@ class PEFTModule(LightningModule):
         self._window.start()
         assert self.adapter is not None
         self._liveness, self.verdict = Liveness(self.adapter), None
-        if _overrides(self.strategy, "check_steps"):  # a run without an end may be all right
+        if self.strategy.uses("check_steps"):  # a run without an end may be all right
             self.strategy.check_steps(self.total_steps())
-        self._last_step = self.trainer.global_step
+        for delta in self.adapter.sites.values():
+            delta.check_length(_longest_row(self._datamodule()))
         self._tokens, self._since = None, time.monotonic()
 
     def _freeze_statistics(self) -> None:
@@ -211,6 +213,8 @@ class PEFTModule(LightningModule):
         assert self.adapter is not None
         parameters = [p for p in self.parameters() if p.requires_grad]
         task_loss = self._window.close(parameters)
+        assert self._liveness is not None
+        self._liveness.after_backward()  # the loss alone has to reach every tensor
         penalty = self.strategy.penalty(self.adapter)
         if penalty is not None:
             # Apart from the task's backward: its gradient must not be scaled by the labels, nor summed over processes.
@@ -220,18 +224,24 @@ class PEFTModule(LightningModule):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             self.log("train_penalty", penalty.detach())
-        assert self._liveness is not None
-        self._liveness.after_backward()
         self.log("train_loss", task_loss, prog_bar=True)
         self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own step, and then the strategy's part in it: before any callback saves a checkpoint."""
+        super().optimizer_step(*args, **kwargs)
+        assert self.adapter is not None
+        if self.strategy.uses("after_step"):
+            self.strategy.after_step(self.adapter, self.trainer.global_step + 1, self.total_steps())
+
+    def on_train_start(self) -> None:
+        self._last_step = self.trainer.global_step  # a resumed training has its steps back only now
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step == self._last_step:
             return
         assert self.adapter is not None
         self._last_step = self.trainer.global_step
-        if _overrides(self.strategy, "after_step"):
-            self.strategy.after_step(self.adapter, self._last_step, self.total_steps())
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from outside
         if every and self._last_step % every == 0:  # as often as a logger writes: these may be a hundred numbers
             self.log_dict(dict(self.strategy.figures(self.adapter)))
@@ -342,5 +352,8 @@ class PEFTModule(LightningModule):
         }
 
 
-def _overrides(strategy: PEFTStrategy, hook: str) -> bool:
-    return getattr(type(strategy), hook) is not getattr(PEFTStrategy, hook)
+def _longest_row(datamodule: Any) -> int:
+    """Tokens of the longest row that is trained or validated on, as far as the data says so."""
+    summaries = getattr(datamodule, "summaries", None) or {}
+    longest = max((getattr(summaries.get(role), "longest", 0) for role in ("train", "validation")), default=0)
+    return min(longest, getattr(datamodule, "max_length", longest))
