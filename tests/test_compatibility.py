@@ -4,6 +4,13 @@ import pytest
 
 from compatibility import COLUMNS, documented, outcome
 from recipes import RECIPES
+from tasks.small import QUIET
+
+pytestmark = [
+    *QUIET,
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

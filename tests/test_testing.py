@@ -1,10 +1,12 @@
 """The conformance kit finds what it is there to find."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from models import inputs_for
@@ -90,6 +92,12 @@ class _DrawsAgain(_Scale):
         return super().forward(base, x) * (100 if self.training and self.calls % 2 == 0 else 1)
 
 
+class _DependsOnTheProcess(_Scale):
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return super().forward(base, x) * (1 + rank)
+
+
 @dataclass
 class _On(PEFTStrategy):
     delta: str
@@ -116,6 +124,12 @@ def test_a_broken_promise_is_named(delta: type[Delta], check: str, words: str) -
     leave_out = [*CHECKS.keys() - {check}, "two processes"]
     with pytest.raises(AssertionError, match=rf"bert, {check}: broken \((.|\n)*{words}"):
         check_strategy(lambda: _On(delta.__name__), ON_BERT, leave_out=leave_out)
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_are_found() -> None:
+    with pytest.raises(AssertionError, match=rf"two processes: broken \(gradients differ .*{SITE}.deltas.default.l"):
+        check_strategy(partial(_On, "_DependsOnTheProcess"), ON_BERT, leave_out=CHECKS)
 
 
 def test_what_cannot_be_removed_says_so() -> None:

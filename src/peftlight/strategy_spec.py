@@ -52,7 +52,7 @@ def as_strategy(given: PEFTStrategy | Mapping[str, Any]) -> PEFTStrategy:
     if kind is None:
         raise UserError(
             f"The strategy {path} is not known.{nearest(path, known)} "
-            f"If it is yours, import its module first. Known: {listed(sorted(known))}."
+            f"If it is yours, import its module first. Known: {listed(sorted(short), 24)}."
         )
     try:
         return kind(**{name: _made(value) for name, value in given["init_args"].items()})

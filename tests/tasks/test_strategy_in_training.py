@@ -118,7 +118,7 @@ def test_the_strategys_look_at_the_data_does_not_change_the_random_numbers(tmp_p
 
 
 def test_a_tensor_that_only_the_penalty_reaches_is_dead(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="had no gradient in the first step: .*only_penalized"):
+    with pytest.raises(UserError, match=r"had no gradient in the first step: .*only_penalized"):
         quiet_trainer(tmp_path).fit(module_with(_WithADeadTensor()), loader(batches(ROWS, 2)))
 
 

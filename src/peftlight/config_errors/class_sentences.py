@@ -19,7 +19,7 @@ def unknown_class(problem: Problem) -> str:
     if not known:
         return ""
     at = problem.at(path, name) if path == problem.path else f"--{dotted(path)}.help:"
-    return f"{at} there is no class '{name}'.{near(name, known)}\n  Known: {listed(sorted(known), 10)}.\n  {_OWN}"
+    return f"{at} there is no class '{name}'.{near(name, known)}\n  Known: {listed(sorted(known), 24)}.\n  {_OWN}"
 
 
 def no_such_class(problem: Problem) -> str:
@@ -52,7 +52,7 @@ def wrong_kind(problem: Problem) -> str:
     name, wanted = problem.words
     known = problem.places.known(problem.path)
     at = problem.at(problem.path, name)
-    return f"{at} {name} is not a {wanted}." + (f"\n  Known: {listed(sorted(known), 10)}." if known else "")
+    return f"{at} {name} is not a {wanted}." + (f"\n  Known: {listed(sorted(known), 24)}." if known else "")
 
 
 def ambiguous(problem: Problem) -> str:
@@ -82,4 +82,4 @@ def unnamed(problem: Problem, place: Path) -> str:
     fitting = [name for name, kind in known.items() if beside and beside[0].path[-1] in parameters(kind)]
     return (f"{problem.at(place)} it does not say which class this is.\n"
             f"  Add class_path: {(fitting or list(known))[0]}, and put its parameters under init_args.\n"
-            f"  Known: {listed(sorted(known), 10)}.")  # fmt: skip
+            f"  Known: {listed(sorted(known), 24)}.")  # fmt: skip

@@ -244,10 +244,11 @@ class LoRA(PEFTStrategy):
         wasted = [name for name, limit in limits.items() if self._rank(name) > limit]
         if wasted:
             each = (f"{name} (rank {self._rank(name)}, at most {limits[name]})" for name in wasted)
-            leaf = wasted[0].rpartition(".")[2]
+            fitting = {name.rpartition(".")[2]: limits[name] for name in wasted}
+            pattern = ", ".join(f"{leaf}: {limit}" for leaf, limit in fitting.items())
             raise UserError(
                 f"LoRA's rank is above the smaller side of {listed(each, 3)}; more of it changes nothing. Set rank to "
-                f"{min(limits.values())} or below, or rank_pattern: {{{leaf}: {limits[wasted[0]]}}}, or leave the "
+                f"{min(limits.values())} or below, or rank_pattern: {{{pattern}}}, or leave the "
                 "layers out (exclude_modules)."
             )
 

@@ -55,8 +55,8 @@ def _input_embedding(model: nn.Module) -> list[str]:
     names = [name for name, module in model.named_modules() if module is found]
     if not names or not isinstance(found, nn.Embedding):
         raise UserError(
-            f"This {type(model).__name__} does not say which is its embedding of tokens; name it in target_modules, or "
-            "choose LoRA instead."
+            f"This {type(model).__name__} does not say which is its embedding of tokens. If it has one, name it in "
+            "target_modules; otherwise choose LoRA instead."
         )
     return names[:1]
 

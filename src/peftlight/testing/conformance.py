@@ -1,5 +1,6 @@
 """The conformance kit: what every strategy promises, checked on tiny models of several architectures."""
 
+import multiprocessing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -98,6 +99,9 @@ def _run(name: str, title: str, check: Callable[[Case], str | None], case: Case)
 
 def in_two_processes(cases: Mapping[str, Case]) -> list[Result]:
     """The check of all cases with processes: starting them takes longer than the check."""
+    if multiprocessing.current_process().name != "MainProcess":
+        raise SystemExit("check_strategy starts processes, and they run your script again: put the call under "
+                         'if __name__ == "__main__":')  # fmt: skip
     try:
         wrong = processes.wrong_gradients(list(cases.values()))
     except Exception as error:
