@@ -141,10 +141,13 @@ def spec_of(name: str) -> dict[str, Any]:
 
 
 def training_of(case: Any) -> Any:
-    from peftlight.strategy import attach
+    from peftlight.strategy import Material, attach
     from peftlight.testing.training import Training
 
     adapter = attach(case.make_model(), case.make_strategy(), modules_to_train=["classifier"])
+    if adapter.strategy.uses("prepare"):
+        inputs = {key: value for key, value in case.inputs.items() if key != "labels"}
+        adapter.strategy.prepare(adapter, Material(lambda: [inputs], lambda text: [1000]))
     return Training(adapter, case)
 
 
