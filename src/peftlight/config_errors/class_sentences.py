@@ -79,7 +79,8 @@ def unnamed(problem: Problem, place: Path) -> str:
             return f"{one.where}: '{one.path[-1]}' cannot stand here.{meant}"
     if class_given(problem.given, place):
         return f"{problem.at(place)} it must be one class_path with init_args. Is there a dash too many?"
-    fitting = [name for name, kind in known.items() if beside and beside[0].path[-1] in parameters(kind)]
+    keys = {one.path[-1] for one in beside}
+    fitting = sorted(known, key=lambda name: (-len(keys & set(parameters(known[name]))), len(name)))
     return (f"{problem.at(place)} it does not say which class this is.\n"
-            f"  Add class_path: {(fitting or list(known))[0]}, and put its parameters under init_args.\n"
+            f"  Add class_path: {fitting[0]}, and put its parameters under init_args.\n"
             f"  Known: {listed(sorted(known), 24)}.")  # fmt: skip
