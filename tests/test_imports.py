@@ -32,7 +32,7 @@ ROOMS = {
         "entrance",
         "virtual_tokens",
     },
-    "attention": {"delta"},
+    "attention": set(),
     "virtual_tokens": {"delta"},
     "entrance": {"virtual_tokens", "delta"},
     "strategy_spec": {"strategy", "strategies"},
