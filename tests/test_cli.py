@@ -216,6 +216,14 @@ def test_evaluation_of_a_checkpoint_gives_the_metrics_of_the_fit(command: str, t
     assert f"{'val' if command == 'validate' else 'test'}_accuracy" in metrics
 
 
+def test_an_adapters_folder_is_no_checkpoint(tmp_path: Path, encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = options(tmp_path, encoder, "sample:sentiment")
+    assert fit("lora.yaml", flags) == 0
+    folder = only_run(tmp_path) / "adapter"
+    assert main(["validate", "--config", str(CONFIGS / "lora.yaml"), *evaluating(flags), f"--ckpt_path={folder}"]) == 2
+    assert "is the folder of an adapter. Give the run's checkpoint" in capsys.readouterr().err
+
+
 def test_predict_writes_one_line_for_each_row_with_its_id(tmp_path: Path, encoder: Path) -> None:
     file = tmp_path / "mine.tsv"
     file.write_text("sentence\nfirst one\nsecond one\nthird one\n")

@@ -88,6 +88,12 @@ class PeftlightCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lays the checkpoint's hyperparameters over the command line here; the command line must win."""
+        path = self.config.get(f"{self.config.subcommand}.ckpt_path")
+        if path and (Path(path) / "adapter_config.json").is_file():
+            raise UserError(
+                f"--ckpt_path {path} is the folder of an adapter. Give the run's checkpoint, checkpoints/last.ckpt beside "
+                "it; from Python, peftlight.load_adapter reads the folder."
+            )
 
     def instantiate_classes(self) -> None:
         """Values that only the classes themselves can refuse are errors of the configuration too."""

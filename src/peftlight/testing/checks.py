@@ -1,6 +1,7 @@
 """The promises of every strategy, one function each; what they have to do with processes is elsewhere."""
 
 import copy
+import math
 import pickle
 import tempfile
 
@@ -51,7 +52,8 @@ def trains_only_its_own(case: Case) -> str | None:
     stray = [name for name, p in model.named_parameters() if p.grad is not None and name not in own]
     assert not stray, f"a gradient, though frozen: {listed(stray)}"
     assert moved == set(own), f"did not move in {STEPS} steps: {listed(own.keys() - moved)}"
-    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    frozen |= {name: buffer for name, buffer in model.named_buffers() if CHILD not in name.split(".")}
     _assert_equal(
         {name: value for name, value in frozen.items() if name in before}, before, "training changed the frozen"
     )
@@ -126,16 +128,17 @@ def resumes(case: Case) -> str | None:
 
 
 def runs_in_bfloat16(case: Case) -> str | None:
-    """On a base in half precision, under autocast, it trains in float32 and all is finite."""
+    """On a base in half precision, under autocast, it trains in float32, and all stays finite."""
     adapter = case.prepared(case.make_model().bfloat16())
     adapter.train_in_float32()
+    before = _values(adapter.model)
     halved = Case(case.make_strategy, case.make_model, {key: _halved(value) for key, value in case.inputs.items()})
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = halved.loss(adapter.model.train())
-    loss.backward()
-    assert loss.isfinite(), "the loss is not finite"
-    wrong = [name for name, p in adapter.parameters().items() if p.grad is None or not p.grad.isfinite().all()]
-    assert not wrong, f"no finite gradient: {listed(wrong)}"
+    losses = Training(adapter, halved, half=True).run(last=3)
+    assert all(map(math.isfinite, losses)), f"the loss is not finite: {losses}"
+    own = adapter.parameters()
+    wrong = [name for name, p in own.items() if p.dtype != torch.float32 or not p.isfinite().all()]
+    assert not wrong, f"not finite, or not float32: {listed(wrong)}"
+    assert any(not torch.equal(p, before[name]) for name, p in own.items()), "nothing moved"
     return None
 
 

@@ -76,8 +76,14 @@ def _letters(text: str) -> list[int]:
 class Training:
     """A training of `STEPS` steps with AdamW on one batch, which can be stopped and taken up again."""
 
-    def __init__(self, adapter: Adapter, case: Case) -> None:
-        self.adapter, self.case = adapter, case
+    def __init__(self, adapter: Adapter, case: Case, half: bool = False) -> None:
+        """
+        Args:
+            adapter: what is trained.
+            case: gives the loss.
+            half: compute under autocast to bfloat16.
+        """
+        self.adapter, self.case, self.half = adapter, case, half
         adapter.strategy.check_steps(STEPS)
         rates, own = adapter.strategy.learning_rates(adapter), adapter.parameters()
         groups = [{"params": [p], "lr": LEARNING_RATE * rates.get(name, 1.0)} for name, p in own.items()]
@@ -91,7 +97,8 @@ class Training:
         adapter, strategy = self.adapter, self.adapter.strategy
         torch.manual_seed(number)  # the same dropout, wherever the training was taken up
         self.optimizer.zero_grad()
-        loss = self.case.loss(adapter.model.train())
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            loss = self.case.loss(adapter.model.train())
         penalty = strategy.penalty(adapter)
         (loss if penalty is None else loss + penalty).backward()
         self.optimizer.step()
