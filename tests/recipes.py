@@ -25,6 +25,8 @@ def made(spec: Any) -> PEFTStrategy:
         arguments["token_indices"] = TOKENS
     if "rank" in arguments:
         arguments["rank"] = min(arguments["rank"], RANK)
+    if "reduction_factor" in arguments:  # a bottleneck of two units may be dead
+        arguments["reduction_factor"] = 4
     return as_strategy({**spec, "init_args": arguments})
 
 

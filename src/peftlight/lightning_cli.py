@@ -91,8 +91,8 @@ class PeftlightCLI(LightningCLI):
         path = self.config.get(f"{self.config.subcommand}.ckpt_path")
         if path and (Path(path) / "adapter_config.json").is_file():
             raise UserError(
-                f"--ckpt_path {path} is the folder of an adapter. Give the run's checkpoint, checkpoints/last.ckpt beside "
-                "it; from Python, peftlight.load_adapter reads the folder."
+                f"--ckpt_path {path} is the folder of an adapter. Give the run's checkpoint, checkpoints/last.ckpt "
+                "beside it; from Python, peftlight.load_adapter reads the folder."
             )
 
     def instantiate_classes(self) -> None:
