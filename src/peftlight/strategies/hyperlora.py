@@ -8,7 +8,6 @@ layer, and writes that layer's low-rank factors. Here a run has one task, so its
 and what is saved at the end is the plain LoRA that the network wrote.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
-from peftlight.paths import place_of
+from peftlight.paths import leaf_of, place_of
 from peftlight.strategies.lora import LoRA
 from peftlight.strategies.lora_layers import LinearLoRA, plain_lora
 from peftlight.strategy import Adapter, PEFTStrategy
@@ -49,34 +48,27 @@ class HyperLoRA(PEFTStrategy):
         for name in ("embedding_size", "hidden_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"HyperLoRA's {name} is at least 1; got {getattr(self, name)}.")
-        self._plain(self.target_modules)
+        self._plain()
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
-        plain = dict(self._plain(self.target_modules).deltas(model))
+        plain = dict(self._plain().deltas(model))
         others = [name for name, delta in plain.items() if type(delta) is not LinearLoRA]
         if others:
             raise UserError(f"HyperLoRA writes the factors of linear layers; {others[0]} is none. Leave it out.")
         layers = list(dict.fromkeys(place_of(name) for name in plain))
         shapes = [(delta.get_parameter("A").shape, delta.get_parameter("B").shape) for delta in plain.values()]
-        kinds = list(dict.fromkeys((_leaf(name), *shape) for name, shape in zip(plain, shapes, strict=True)))
+        kinds = list(dict.fromkeys((leaf_of(name), *shape) for name, shape in zip(plain, shapes, strict=True)))
         network = HyperNetwork(len(layers), [kind[1:] for kind in kinds], self.embedding_size, self.hidden_size)
-        logging.getLogger("peftlight").info("HyperLoRA: %d layers, %d kinds of module", len(layers), len(kinds))
         for (name, delta), shape in zip(plain.items(), shapes, strict=True):
             assert isinstance(delta, LinearLoRA)
-            yield name, WrittenLoRA(network, layers.index(place_of(name)), kinds.index((_leaf(name), *shape)), delta)
+            yield name, WrittenLoRA(network, layers.index(place_of(name)), kinds.index((leaf_of(name), *shape)), delta)
 
     def finished(self, adapter: Adapter) -> PEFTStrategy:
-        return self._plain(list(adapter.sites))
+        return LoRA(self.rank, self.alpha, self.dropout, list(adapter.sites))
 
-    def _plain(self, target_modules: str | list[str] | None) -> LoRA:
-        narrowed = {} if isinstance(target_modules, list) and target_modules is not self.target_modules else {
-            "exclude_modules": self.exclude_modules, "layers": self.layers,
-        }  # fmt: skip
-        return LoRA(self.rank, self.alpha, self.dropout, target_modules, **narrowed)  # type: ignore[arg-type]
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
+    def _plain(self) -> LoRA:
+        """The LoRA whose factors the network writes."""
+        return LoRA(self.rank, self.alpha, self.dropout, self.target_modules, self.exclude_modules, self.layers)
 
 
 class HyperNetwork(nn.Module):
