@@ -18,7 +18,7 @@ ROOMS = {
     "paths": set(),
     "layer_ranges": {"paths"},
     "targets": {"linear", "architectures", "paths", "layer_ranges"},
-    "strategy": {"delta", "linear", "targets"},
+    "strategy": {"delta", "linear", "paths", "targets"},
     "liveness": {"strategy"},
     "blocks": {"paths", "linear"},
     "strategies": {
@@ -37,7 +37,7 @@ ROOMS = {
     "entrance": {"virtual_tokens", "delta"},
     "strategy_spec": {"strategy", "strategies"},
     "pretrained": set(),
-    "interop": {"strategy", "strategy_spec", "strategies", "delta", "linear", "targets"},
+    "interop": {"paths", "strategy", "strategy_spec", "strategies", "delta", "linear", "targets"},
     "report": {"strategy", "delta"},
     "console": set(),
     "tasks": {"strategy", "strategy_spec", "liveness", "pretrained"},

@@ -20,6 +20,15 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
+def first_names(model: nn.Module) -> dict[int, str]:
+    """Of each parameter and buffer, by identity, the first name that it has in the model."""
+    first: dict[int, str] = {}
+    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in named:
+            first.setdefault(id(tensor), name)
+    return first
+
+
 def heads_of(model: nn.Module) -> set[str]:
     """Paths of the output embedding and of what stands outside the backbone, where the model has one."""
     output_embedding = getattr(model, "get_output_embeddings", lambda: None)()

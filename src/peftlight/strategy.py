@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from peftlight.delta import CHILD, Delta, beneath, install, remove, unchanged_on_error
 from peftlight.errors import UserError, listed
 from peftlight.linear import weight_of, write_weight
+from peftlight.paths import first_names
 from peftlight.targets import matching
 
 
@@ -104,7 +105,7 @@ class Adapter:
 
     def state(self) -> dict[str, Tensor]:
         """All that must be kept, detached: parameters and buffers by their names in the model, shared ones once."""
-        base, first = self.model.state_dict(keep_vars=True), _first_names(self.model)
+        base, first = self.model.state_dict(keep_vars=True), first_names(self.model)
         owned = _owned(base, [], self.trained, self.name)
         kept = {name: value for name, value in base.items() if name in owned}
         kept = {first[id(value)]: value for value in kept.values()}
@@ -236,12 +237,12 @@ class Adapter:
 
     def _prefix(self, site: str) -> str:
         """What the names of a site's tensors begin with in the model."""
-        return f"{site}.{CHILD}.{self.name}.".lstrip(".")
+        return _prefix(site, self.name)
 
     def _own_names(self) -> set[str]:
         """The names of what belongs to this adapter; of a tied parameter's names, the first."""
         names = dict(self._named(remove_duplicate=False))
-        first = _first_names(self.model)
+        first = first_names(self.model)
         return {first[id(names[name])] for name in _owned(names, self.sites, self.trained, self.name)}
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
@@ -307,19 +308,14 @@ def _placed(delta: Delta, module: nn.Module) -> Delta:
     return delta.to(beside.device, torch.float64 if beside.dtype == torch.float64 else torch.float32)
 
 
-def _first_names(model: nn.Module) -> dict[int, str]:
-    """Of each parameter and buffer, by identity, the first name that it has in the model."""
-    first: dict[int, str] = {}
-    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in named:
-            first.setdefault(id(tensor), name)
-    return first
-
-
 def _owned(names: Iterable[str], sites: Iterable[str], trained: Iterable[str], name: str) -> set[str]:
     """Those of the names that belong to an adapter of that name."""
     whole = tuple(f"{module}." for module in trained if module)
     exact = set(trained)
-    prefixes = tuple(f"{site}.{CHILD}.{name}.".lstrip(".") for site in sites) + whole
+    prefixes = tuple(_prefix(site, name) for site in sites) + whole
     every = "" in exact
     return {key for key in names if every or key in exact or key.startswith(prefixes)}
+
+
+def _prefix(site: str, name: str) -> str:
+    return f"{site}.{CHILD}.{name}.".lstrip(".")

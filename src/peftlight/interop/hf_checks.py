@@ -11,6 +11,7 @@ from peftlight.errors import UserError, listed
 from peftlight.interop.contents import Config, Tensors
 from peftlight.interop.hf_targets import HEADS_OF_TASK, paths_of, selected, wrapped
 from peftlight.linear import is_linear, widths
+from peftlight.paths import first_names
 from peftlight.strategies.lora import LoRA
 from peftlight.targets import pattern_value
 
@@ -111,10 +112,8 @@ def _half_ties(wanted: set[str], state: Tensors, first: Mapping[str, str], base:
 
 def _first_names(model: nn.Module) -> dict[str, str]:
     """Each parameter's and buffer's name, to the first name that it has in the model."""
+    first = first_names(model)
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    first: dict[int, str] = {}
-    for name, tensor in tensors:
-        first.setdefault(id(tensor), name)
     return {name: first[id(tensor)] for name, tensor in tensors}
 
 
