@@ -441,3 +441,13 @@ def test_what_print_config_prints_is_a_configuration(capsys: pytest.CaptureFixtu
     printed = _printed(["fit", "--config", "lora.yaml"], capsys)
     Path("printed.yaml").write_text(printed)
     assert _printed(["fit", "--config", "printed.yaml"], capsys) == printed
+
+
+def test_a_misspelt_field_in_a_stack_names_a_command_that_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load(BASE)
+    members = [{"class_path": "IA3", "init_args": {"layrs": "last 1"}}, {"class_path": "LoRA"}]
+    config["model"]["init_args"]["strategy"] = {"class_path": "Stack", "init_args": {"strategies": members}}
+    Path("c.yaml").write_text(yaml.safe_dump(config))
+    told = _told(["fit", "--config", "c.yaml"], capsys)
+    assert "IA3 has no 'layrs'. Did you mean 'layers'?" in told
+    assert told.endswith("All of it: peftlight fit --model.strategy.help IA3")

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin
 
 from peftlight.config_errors.given import Given, Path, find
 from peftlight.config_errors.places import Places, parameters
@@ -48,6 +48,8 @@ class Problem:
         owner = self.owner(path)
         if owner is None or not self.places.known(path):
             return ""
+        if get_origin(self.places.annotation(path)) is list:  # help is had for the class around it, not for an entry
+            path = path[:-1]
         return f"\n  All of it: peftlight {self.places.command} --{dotted(path)}.help {owner.__name__}"
 
 
