@@ -84,13 +84,14 @@ def _inputs(task: str, architecture: str) -> Mapping[str, Tensor]:
 
 @cache
 def documented() -> dict[tuple[str, str, str], str]:
-    """The cells of the document: "yes", or "no" with the number of its reason."""
-    lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
+    """What the document says of each cell, as `outcome` does."""
+    lines = DOCUMENT.read_text().splitlines()
+    reasons = dict(line.split(". ", 1) for line in lines if line[:1].isdigit())
     cells = {}
-    for line in lines[2:]:
+    for line in [line for line in lines if line.startswith("| ")][2:]:
         recipe, *marks = [cell.strip() for cell in line.strip("| ").split(" | ")]
         for (task, architecture), mark in zip(COLUMNS, marks, strict=True):
-            cells[recipe, task, architecture] = mark
+            cells[recipe, task, architecture] = "" if mark == "yes" else reasons[mark.removeprefix("no ")]
     return cells
 
 

@@ -16,6 +16,4 @@ pytestmark = [
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_table_is_true(recipe: str) -> None:
     for task, architecture in COLUMNS:
-        reason = outcome(recipe, task, architecture)
-        assert documented()[recipe, task, architecture].split()[0] == ("no" if reason else "yes"), (task, architecture)
-        assert not reason or reason.rstrip(".") != "", "a refusal has a reason"
+        assert outcome(recipe, task, architecture) == documented()[recipe, task, architecture], (task, architecture)

@@ -16,6 +16,7 @@ from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
 from peftlight.strategies import BitFit, Full, LoRA
 from strategies.against_peft import loss_of, losses, output
+from strategies.small import stirred
 
 STRATEGIES: dict[str, Callable[[], PEFTStrategy]] = {
     "lora": lambda: LoRA(rank=4),
@@ -127,13 +128,6 @@ def test_loading_the_state_gives_equal_outputs(case: Case) -> None:
     file.seek(0)
     attach(other, copy.deepcopy(strategy)).load_state(torch.load(file))
     assert torch.equal(output(other, inputs), output(model, inputs))
-
-
-def stirred(adapter: Adapter) -> None:
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in adapter.parameters().values():
-            parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
