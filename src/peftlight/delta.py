@@ -167,7 +167,7 @@ def remove(module: nn.Module, name: str) -> Delta:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block fails, take off the deltas it installed, and give parameters their old dtype and trainability.
+    """If the block fails, take off the deltas it installed, and give parameters their old form and trainability.
 
     The values of parameters are not kept: the block must not write them before it is sure to succeed.
     """
@@ -179,7 +179,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         for module, name in _installed(model) - installed:
             remove(module, name)
         for parameter, data, trainable in parameters:
-            if parameter.dtype != data.dtype:
+            if (parameter.dtype, parameter.shape) != (data.dtype, data.shape):
                 parameter.data = data
             parameter.requires_grad_(trainable)
         raise

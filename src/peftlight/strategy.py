@@ -94,9 +94,13 @@ class Adapter:
     trained: list[str] = field(default_factory=list)
     """Names of the base's modules and parameters trained in place."""
     originals: dict[str, Tensor] = field(default_factory=dict)
-    """The values that `trained` had before, where the strategy is restorable."""
+    """The values that `trained` had before, where they are kept."""
     merged: dict[str, Tensor] = field(default_factory=dict)
     """The values, before `merge`, of what it wrote."""
+    enabled: bool = True
+    """Whether the model computes with it; see `enable` and `disable`."""
+    aside: dict[str, Tensor] = field(default_factory=dict)
+    """While it is off: the values that it gives to the base's own tensors."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this adapter trains, by its name in the model."""
@@ -115,7 +119,8 @@ class Adapter:
                 if id(value) not in seen:
                     kept[self._prefix(site) + key] = value
                 seen.add(id(value))
-        return {name: self.merged.get(name, value).detach() for name, value in kept.items()}
+        own = {**self.aside, **self.merged}
+        return {name: own.get(name, value).detach() for name, value in kept.items()}
 
     def load_state(self, state: Mapping[str, Tensor], origin: str = "the state") -> None:
         """Copy `state` into the model.
@@ -166,6 +171,8 @@ class Adapter:
         """
         if self.merged:
             raise UserError(f"The adapter {self.name!r} is merged already.")
+        if not self.enabled:
+            raise UserError(f"The adapter {self.name!r} is switched off; enable it before merging it.")
         folded = {site: self._folded(site) for site in self.sites}
         for site, (weight, bias) in folded.items():
             module = self.model.get_submodule(site)
@@ -180,10 +187,13 @@ class Adapter:
 
     def unmerge(self) -> None:
         """Restore the weights that `merge` wrote bit for bit, and compute through the deltas again."""
-        self._put(self.merged)
+        if self.enabled:
+            self._put(self.merged)
+        else:
+            self.aside = {name: value for name, value in self.aside.items() if name not in self.merged}
         self.merged = {}
         for delta in self.sites.values():
-            delta.enabled = True
+            delta.enabled = self.enabled
 
     def _folded(self, site: str) -> tuple[Tensor, Tensor | None]:
         module, where = self.model.get_submodule(site), f"The adapter {self.name!r} cannot be merged at {site!r}: "
@@ -203,37 +213,60 @@ class Adapter:
         except UserError as error:
             raise UserError(f"{where}{error}") from None
 
+    def disable(self) -> None:
+        """Switch the adapter off: the model computes as it did before `attach`. Nothing is copied.
+
+        Raises:
+            UserError: it trains the base itself, which is not kept beside it.
+        """
+        if not (self.strategy.restorable or self.originals):
+            raise UserError(f"{type(self.strategy).__name__} trains the base itself, which is not kept beside it.")
+        if self.enabled:
+            self.aside = self._exchange({**self.merged, **self.originals})
+            self._switch(False)
+
+    def enable(self) -> None:
+        """Switch the adapter on again."""
+        if not self.enabled:
+            held = self._exchange(self.aside)  # not what was there at `disable`: another adapter may have written there
+            self.originals = {name: held[name] for name in self.originals}
+            self.merged = {name: held[name] for name in self.merged}
+            self.aside = {}
+            self._switch(True)
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model computes as it did before `attach`."""
-        if not self.strategy.restorable:
-            raise UserError(f"{type(self.strategy).__name__} trains the base itself, which is not kept beside it.")
-        kept, flags = self._values_of_originals(), [(delta, delta.enabled) for delta in self.sites.values()]
-        self._put({**self.merged, **self.originals})
-        for delta, _ in flags:
-            delta.enabled = False
+        was = self.enabled
+        self.disable()
         try:
             yield
         finally:
-            self._put(kept)
-            for delta, enabled in flags:
-                delta.enabled = enabled
+            if was:
+                self.enable()
 
     def remove(self) -> None:
         """Take the adapter off the model and restore the base's own values bit for bit."""
-        with self.disabled():
-            originals = self._values_of_originals()
+        parameters = self.parameters()
+        self.disable()
         for site in self.sites:
             remove(self.model.get_submodule(site), self.name)
-        self.sites = {}
-        self._put(originals)
-        for parameter in self.parameters().values():
+        for parameter in parameters.values():
             parameter.requires_grad_(False)
-        self.trained, self.originals, self.merged = [], {}, {}
+        self.sites, self.trained, self.originals, self.merged, self.aside = {}, [], {}, {}, {}
 
-    def _values_of_originals(self) -> dict[str, Tensor]:
-        own = self._tensors()
-        return {name: own[name].detach().clone() for name in {**self.merged, **self.originals}}
+    def _switch(self, on: bool) -> None:
+        self.enabled = on
+        for delta in self.sites.values():
+            delta.enabled = on and not self.merged
+
+    def _exchange(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Let the model's tensors of these names hold `values`; returns what they held."""
+        tensors = self._tensors() if values else {}
+        held = {name: tensors[name].data for name in values}
+        for name, value in values.items():
+            tensors[name].data = value.to(tensors[name].device)
+        return held
 
     def _prefix(self, site: str) -> str:
         """What the names of a site's tensors begin with in the model."""
@@ -263,7 +296,12 @@ class Adapter:
 
 
 def attach(
-    model: nn.Module, strategy: PEFTStrategy, name: str = "default", *, modules_to_train: Collection[str] = ()
+    model: nn.Module,
+    strategy: PEFTStrategy,
+    name: str = "default",
+    *,
+    modules_to_train: Collection[str] = (),
+    keep_base: bool = False,
 ) -> Adapter:
     """Freeze `model`, put `strategy` on it, and return the adapter.
 
@@ -272,6 +310,8 @@ def attach(
         strategy: the recipe.
         name: the adapter's name, part of its parameters' names (`q_proj.deltas.<name>.A`).
         modules_to_train: modules of the base that are trained whole beside the strategy, a new head for example.
+        keep_base: keep the base's values beside those trained in place even where that is the whole base, so that the
+            adapter can be switched off.
 
     Raises:
         UserError: a name matches nothing, or nothing would be trained.
@@ -282,7 +322,7 @@ def attach(
         model.requires_grad_(False)
         heads = matching(model, list(modules_to_train))
         adapter = Adapter(name, model, strategy, trained=list(dict.fromkeys([*heads, *strategy.train(model)])))
-        _train_in_place(adapter)
+        _train_in_place(adapter, keep_base)
         for site, delta in list(strategy.deltas(model)):
             module = model.get_submodule(site)
             install(module, name, _placed(delta, module))
@@ -292,8 +332,8 @@ def attach(
     return adapter
 
 
-def _train_in_place(adapter: Adapter) -> None:
-    if adapter.strategy.restorable:
+def _train_in_place(adapter: Adapter, keep_base: bool) -> None:
+    if adapter.strategy.restorable or keep_base:
         adapter.originals = {name: value.clone() for name, value in adapter.state().items()}
     for parameter in adapter.parameters().values():
         parameter.requires_grad_(True)
@@ -313,8 +353,8 @@ def _owned(names: Iterable[str], sites: Iterable[str], trained: Iterable[str], n
     whole = tuple(f"{module}." for module in trained if module)
     exact = set(trained)
     prefixes = tuple(_prefix(site, name) for site in sites) + whole
-    every = "" in exact
-    return {key for key in names if every or key in exact or key.startswith(prefixes)}
+    base = {key for key in names if CHILD not in key.split(".")} if "" in exact else set()
+    return base | {key for key in names if key in exact or key.startswith(prefixes)}
 
 
 def _prefix(site: str, name: str) -> str:
