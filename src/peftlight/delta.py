@@ -16,6 +16,8 @@ from peftlight.errors import UserError
 
 CHILD = "deltas"
 """Name of the child module that holds a module's deltas."""
+Factors = tuple[Tensor, Tensor]
+"""A (rank, in) and B (out, rank), of the product B A."""
 
 
 @dataclass(slots=True)
@@ -55,9 +57,19 @@ class Delta(nn.Module):
             bias: (out,), or None where the module has none.
 
         Raises:
-            UserError: no weight does that; this is so unless a subclass says how.
+            UserError: no weight does that; this is so unless a subclass says how, here or in `factors`.
         """
-        raise UserError(f"{type(self).__name__} cannot be merged: no weight of the module computes the same.")
+        factors = self.factors()
+        if factors is None:
+            raise UserError(f"{type(self).__name__} cannot be merged: no weight of the module computes the same.")
+        return with_product(weight, factors), bias
+
+    def factors(self) -> Factors | None:
+        """A and B, if what this adds to the weight is B A, whatever the weight is; otherwise None.
+
+        The weight is meant as `fold` takes it, with all dimensions after the first as one.
+        """
+        return None
 
     def finished(self) -> "Delta":
         """A delta that computes the same without what only training needed; it is what gets saved."""
@@ -72,6 +84,12 @@ class Delta(nn.Module):
 
     def take_shapes(self, state: Mapping[str, Tensor]) -> None:
         """Make room for saved tensors, named as in `state_dict()`, where the shapes depend on data."""
+
+
+def with_product(weight: Tensor, factors: Factors) -> Tensor:
+    """The weight, as `Delta.fold` takes it, with B A added."""
+    A, B = (factor.to(weight) for factor in factors)
+    return weight + (B @ A).view(weight.shape)
 
 
 class AdaptedForward:

@@ -3,10 +3,11 @@
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_type_hints
 
 from peftlight.errors import UserError, listed, nearest
 from peftlight.strategy import PEFTStrategy
+from peftlight.typed import fits, kind_of
 
 
 class StrategySpec(TypedDict):
@@ -54,15 +55,34 @@ def as_strategy(given: PEFTStrategy | Mapping[str, Any]) -> PEFTStrategy:
             f"The strategy {path} is not known.{nearest(path, known)} "
             f"If it is yours, import its module first. Known: {listed(sorted(short), 24)}."
         )
+    arguments = {name: _made(value) for name, value in given["init_args"].items()}
+    _check_kinds(kind, path, arguments)
     try:
-        return kind(**{name: _made(value) for name, value in given["init_args"].items()})
-    except TypeError as error:
+        return kind(**arguments)
+    except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"The strategy {path} does not take what was saved: {error}") from error
+
+
+def _check_kinds(kind: type[PEFTStrategy], path: str, arguments: Mapping[str, Any]) -> None:
+    try:
+        hints = get_type_hints(kind)
+    except NameError:  # hints that name what stands inside a function, in a strategy of the user's
+        return
+    for name, value in arguments.items():
+        if name in hints and not fits(value, hints[name]):
+            raise UserError(
+                f"The strategy {path} does not take what was saved: {name} is {value!r}; expected "
+                f"{kind_of(hints[name])}."
+            )
 
 
 def _made(value: Any) -> Any:
     """A field's value, with strategies made from their plain data."""
-    if isinstance(value, Mapping) and value.keys() == {"class_path", "init_args"}:
+    if (
+        isinstance(value, Mapping)
+        and value.keys() == {"class_path", "init_args"}
+        and isinstance(value["init_args"], Mapping)
+    ):
         return as_strategy(value)
     return [_made(item) for item in value] if isinstance(value, list) else value
 

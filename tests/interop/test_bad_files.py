@@ -17,7 +17,7 @@ from torch import nn
 from models import inputs_for, make
 from peftlight import attach, load_adapter, save_adapter
 from peftlight.errors import UserError
-from peftlight.strategies import BitFit, Full, LoRA
+from peftlight.strategies import BitFit, BottleneckAdapter, Full, LoRA
 from strategies.against_peft import output
 
 CONFIG, TENSORS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "peftlight.json"
@@ -100,7 +100,7 @@ LORA: dict[str, tuple[Damage, list[str]]] = {
     "config not JSON": (text(CONFIG, "{'r': 8}"), ["adapter_config.json is not JSON"]),
     "config not an object": (text(CONFIG, "[1]"), ["adapter_config.json holds a list", "expected a JSON object"]),
     "config not text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{"), ["adapter_config.json is not JSON"]),
-    "type unknown": (config(peft_type="VERA"), ["peft_type is 'VERA'", "LORA"]),
+    "type unknown": (config(peft_type="LOHA"), ["peft_type is 'LOHA'", "LORA"]),
     "type absent": (config(peft_type=...), ["peft_type is None"]),
     "type not text": (config(peft_type=["LORA"]), ["peft_type is ['LORA']"]),
     "bit flip": (flipped, ["checksum", "peftlight.json"]),
@@ -137,24 +137,24 @@ LORA: dict[str, tuple[Damage, list[str]]] = {
                 {f"base_model.model.bert.pooler.activation.lora_{m}.weight": torch.ones(4, 4) for m in "AB"}
             )
         ),
-        ["bert.pooler.activation is a Tanh, which LoRA cannot adapt"],
+        ["bert.pooler.activation is of the class Tanh, which this method cannot change"],
     ),
     "the wrong shape": (
         tensors(lambda t: t.update({f"{QUERY}.lora_B.weight": torch.ones(31, 4)})),
         ["lora_B of bert.encoder.layer.0.attention.self.query has shape (31, 4)", "need (32, 4)"],
     ),
-    "another rank than the config's": (config(r=6), ["has shape (4, 32)", "rank 6 of the config"]),
+    "another rank than the config's": (config(r=6), ["has shape (4, 32)", "the config need (6, 32)"]),
     "another number of labels": (
         tensors(lambda t: t.update({"base_model.model.classifier.bias": torch.ones(7)})),
         ["classifier.bias has shape (7,); in the model (3,)"],
     ),
     "no adapter at all": (
         tensors(lambda t: [t.pop(key) for key in list(t) if "lora" in key]),
-        ["It holds no LoRA tensor that fits this BertForSequenceClassification"],
+        ["It holds no LORA tensor that fits this BertForSequenceClassification"],
     ),
     "an adapter of another model": (
         tensors(lambda t: [t.update({k.replace("bert", "gpt"): t.pop(k)}) for k in list(t)]),
-        ["It holds no LoRA tensor that fits", "gpt.encoder"],
+        ["It holds no LORA tensor that fits", "gpt.encoder"],
     ),
     "a changed base": (
         tensors(lambda t: t.update({"base_model.model.bert.pooler.dense.bias": torch.ones(32)})),
@@ -212,10 +212,10 @@ OWN: dict[str, tuple[Damage, list[str]]] = {
         ["The strategy os.system is not known"],
     ),
     "strategy with other fields": (
-        config(strategy={"class_path": "peftlight.strategies.bitfit.BitFit", "init_args": {"r": 1}}),
+        config(strategy={"class_path": "peftlight.strategies.bottleneck.BottleneckAdapter", "init_args": {"r": 1}}),
         ["does not take what was saved"],
     ),
-    "another type": (config(peft_type="PEFTLIGHT_FULL"), ["PEFTLIGHT_FULL", "BitFit"]),
+    "another type": (config(peft_type="PEFTLIGHT_FULL"), ["PEFTLIGHT_FULL", "BottleneckAdapter"]),
     "trained is text": (config(trained="all"), ["'trained' is 'all'"]),
     "missing": (tensors(lambda t: t.pop("classifier.bias")), ["missing from adapter_model", "classifier.bias"]),
     "unexpected": (tensors(lambda t: t.update({"x.bias": torch.ones(1)})), ["not part of the model", "x.bias"]),
@@ -224,7 +224,7 @@ OWN: dict[str, tuple[Damage, list[str]]] = {
 }
 CASES = (
     [(LoRA, name) for name in LORA]
-    + [(BitFit, name) for name in OWN]
+    + [(BottleneckAdapter, name) for name in OWN]
     + [(Full, name) for name in ("bit flip", "shape")]
 )
 
@@ -298,7 +298,7 @@ def test_a_name_that_is_taken(tmp_path: Path) -> None:
 
 def test_a_half_precision_base_is_left_so(tmp_path: Path) -> None:
     """The head would become float32 just before the tensors are copied."""
-    save_adapter(attach(make("bert"), BitFit(), modules_to_train=["classifier"]), tmp_path)
+    save_adapter(attach(make("bert"), BottleneckAdapter(), modules_to_train=["classifier"]), tmp_path)
     OWN["shape"][0](tmp_path)
     assert_refused(make("bert").bfloat16(), tmp_path, ["classifier.bias has shape (5,)"])
 
@@ -322,14 +322,19 @@ def test_a_removed_adapter_is_not_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_peft_cannot_say_is_not_saved(tmp_path: Path) -> None:
-    """A head leaves out every path that has its name in it."""
-    inner = nn.ModuleDict({"head": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
-    model = nn.ModuleDict({"block": inner, "head": nn.Linear(4, 4)})
-    adapter = attach(model, LoRA(rank=2, target_modules=["fc"]))
-    adapter.trained.append("head")
-    with pytest.raises(UserError, match=r"cannot say that block\.head\.fc"):
+def test_what_peft_cannot_say_is_saved_in_our_own_format_with_a_warning(tmp_path: Path) -> None:
+    """To HF PEFT the head's name means every module that ends with it, be it in the middle of a word."""
+
+    def two_layers() -> nn.Module:
+        return nn.ModuleDict({"pre_head": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+
+    adapter = attach(two_layers(), LoRA(rank=2, target_modules=["pre_head"]), modules_to_train=["head"])
+    for parameter in adapter.parameters().values():
+        parameter.data.normal_()
+    with pytest.warns(UserWarning, match=r"pre_head.* peftlight's own format"):
         save_adapter(adapter, tmp_path)
+    loaded = load_adapter(two_layers(), tmp_path, other_base=True)
+    assert all(torch.equal(value, adapter.state()[key]) for key, value in loaded.state().items())
 
 
 def test_fields_that_json_cannot_hold(tmp_path: Path) -> None:

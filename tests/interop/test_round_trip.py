@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from interop.exchange import HEADS, TASKS, computed, heads, quietly, saved, stir, theirs_is_read_by_us
 from models import MODELS, inputs_for, make
-from peftlight import Adapter, PEFTStrategy, attach, load_adapter, save_adapter
+from peftlight import PEFTStrategy, attach, load_adapter, save_adapter
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
-from peftlight.strategies import BitFit, Full, LoRA, Stack
-from strategies.against_peft import assert_near, output
+from peftlight.strategies import BitFit, BottleneckAdapter, Full, LayerNormTuning, LoRA, Stack
+from strategies.against_peft import assert_near
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ALL = [*MODELS, "llama_classifier"]
-HEADS = {"bert": ["classifier"], "roberta": ["classifier"], "vit": ["classifier"], "llama_classifier": ["score"]}
 FIRST = {"bert": "query", "roberta": "query", "gpt2": "c_attn", "t5": "q"}
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -55,41 +54,10 @@ def recipe(variant: str, name: str) -> LoRA:
     return LoRA(**{"rank": 4, "alpha": 12, **fields})
 
 
-def computed(model: nn.Module, inputs: Any) -> Tensor:
-    with torch.no_grad():
-        return output(model, inputs)
-
-
-def stir(parameters: Any) -> None:
-    torch.manual_seed(11)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.05 * torch.randn_like(parameter))
-
-
-def quietly(model: nn.Module, folder: Path, **options: Any) -> PeftModel:
-    """HF PEFT's model from the folder; a missing or unexpected key would only be a warning there."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        theirs = PeftModel.from_pretrained(model, folder, **options)
-    complaints = [str(w.message) for w in seen if "missing" in str(w.message) or "unexpected" in str(w.message).lower()]
-    assert not complaints
-    return theirs
-
-
-def saved(name: str, strategy: PEFTStrategy, folder: Path, heads: list[str]) -> tuple[nn.Module, Adapter]:
-    """The untouched base, and the stirred adapter that was saved."""
-    base = make(name)
-    adapter = attach(copy.deepcopy(base), strategy, modules_to_train=heads)
-    stir(adapter.parameters().values())
-    save_adapter(adapter, folder)
-    return base, adapter
-
-
 @pytest.mark.parametrize("variant", RECIPES)
 @pytest.mark.parametrize("name", ALL)
 def test_peft_and_we_read_what_we_write(name: str, variant: str, tmp_path: Path) -> None:
-    base, adapter = saved(name, recipe(variant, name), tmp_path, HEADS.get(name, []))
+    base, adapter = saved(name, recipe(variant, name), tmp_path, heads(name))
     expected = computed(adapter.model, inputs_for(name))
     again = load_adapter(copy.deepcopy(base), tmp_path)
     assert torch.equal(computed(again.model, inputs_for(name)), expected)
@@ -134,7 +102,7 @@ def test_an_untrained_head_of_another_base_comes_with_the_adapter(name: str, tmp
     stir(base.get_submodule(HEADS[name][0]).parameters())
     again = load_adapter(base, tmp_path)
     assert torch.equal(computed(base, inputs_for(name)), computed(adapter.model, inputs_for(name)))
-    assert again.trained == HEADS[name]
+    assert again.trained == heads(name)
 
 
 THEIRS: dict[str, dict[str, Any]] = {
@@ -162,11 +130,9 @@ def their_config(variant: str, name: str) -> LoraConfig:
     first = FIRST.get(name, "q_proj")
     fields = json.loads(json.dumps(THEIRS[variant]).replace("FIRST", first))
     targets = {"vit": ["q_proj", "v_proj"]}.get(name)
-    task = {"bert": "SEQ_CLS", "roberta": "SEQ_CLS", "llama_classifier": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
-    task |= {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}
     if name == "vit":
         fields |= {"modules_to_save": ["classifier"]}
-    return LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": targets, "task_type": task.get(name), **fields})
+    return LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": targets, "task_type": TASKS.get(name), **fields})
 
 
 @pytest.mark.parametrize(
@@ -212,17 +178,47 @@ def test_modules_to_save_listed_twice_and_a_head_that_is_nowhere(tmp_path: Path)
     assert torch.equal(computed(base, inputs_for("bert")), computed(adapter.model, inputs_for("bert")))
 
 
-@pytest.mark.parametrize(("name", "table"), [("bert", "word_embeddings"), ("llama", "embed_tokens"), ("gpt2", "wte")])
+TABLES = {
+    "bert": "word_embeddings", "roberta": "word_embeddings", "llama": "embed_tokens", "gpt2": "wte", "t5": "shared",
+    "llama_classifier": "embed_tokens",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "table"), TABLES.items())
 @pytest.mark.parametrize("dora", [False, True])
 def test_embeddings_both_ways(name: str, table: str, dora: bool, tmp_path: Path) -> None:
     """For `embed_tokens` HF PEFT writes the base's own table too; equal to ours, it is no news."""
     strategy = LoRA(rank=4, target_modules=[table, FIRST.get(name, "q_proj")], use_dora=dora)
-    base, adapter = saved(name, strategy, tmp_path / "ours", HEADS.get(name, []))
+    base, adapter = saved(name, strategy, tmp_path / "ours", heads(name))
     expected = computed(adapter.model, inputs_for(name))
     theirs = quietly(copy.deepcopy(base), tmp_path / "ours")
     assert_near(computed(theirs, inputs_for(name)), expected)
     theirs.save_pretrained(tmp_path / "theirs")
     assert torch.equal(computed(load_adapter(base, tmp_path / "theirs").model, inputs_for(name)), expected)
+
+
+@pytest.mark.parametrize(("name", "table"), TABLES.items())
+def test_an_embedding_trained_whole_that_we_write(name: str, table: str, tmp_path: Path) -> None:
+    """With a head beside it; what is tied to the embedding is written too."""
+    strategy = LoRA(rank=4, target_modules="attention", modules_to_save=[table, *heads(name)])
+    base, adapter = saved(name, strategy, tmp_path, [])
+    expected = computed(adapter.model, inputs_for(name))
+    assert torch.equal(computed(load_adapter(copy.deepcopy(base), tmp_path).model, inputs_for(name)), expected)
+    assert_near(computed(quietly(base, tmp_path), inputs_for(name)), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "llama", "llama_classifier"])
+def test_an_embedding_trained_whole_that_peft_writes(name: str, tmp_path: Path) -> None:
+    modules, targets = [TABLES[name], *heads(name)], [FIRST.get(name, "q_proj")]
+    config = LoraConfig(r=4, modules_to_save=modules, task_type=TASKS[name], target_modules=targets)
+    theirs_is_read_by_us(name, config, tmp_path)
+
+
+def test_a_convolution_of_a_vit_that_peft_writes(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["projection", "q_proj"], modules_to_save=["classifier"], use_dora=True)
+    strategy = theirs_is_read_by_us("vit", config, tmp_path).strategy
+    assert isinstance(strategy, LoRA)
+    assert strategy.target_modules == ["projection", "q_proj"]
 
 
 class ConvNet(nn.Module):
@@ -329,11 +325,11 @@ def test_a_path_that_is_the_end_of_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "name"), [(BitFit, "bert"), (BitFit, "gpt2"), (Full, "bert"), (Full, "gpt2"), (Full, "llama")]
+    ("strategy", "name"),
+    [(BottleneckAdapter, "bert"), (BottleneckAdapter, "gpt2"), (Full, "bert"), (Full, "gpt2"), (Full, "llama")],
 )
 def test_our_own_format(name: str, strategy: type[PEFTStrategy], tmp_path: Path) -> None:
-    heads = HEADS.get(name, [])
-    base, adapter = saved(name, strategy(), tmp_path, heads)
+    base, adapter = saved(name, strategy(), tmp_path, heads(name))
     expected = computed(adapter.model, inputs_for(name))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == f"PEFTLIGHT_{strategy.__name__.upper()}"
@@ -400,7 +396,7 @@ def test_files_can_be_read_by_everyone_who_may_read_the_others(tmp_path: Path) -
 def test_the_metadata(tmp_path: Path) -> None:
     save_adapter(attach(make("bert"), LoRA(rank=4)), tmp_path)
     origin = json.loads((tmp_path / "peftlight.json").read_text())
-    assert origin["format"] == 1
+    assert origin["format"] == 2
     assert origin["strategy"]["class_path"] == "peftlight.strategies.lora.LoRA"
     assert origin["versions"].keys() == {"peftlight", "torch", "transformers"}
 
@@ -419,7 +415,7 @@ def test_a_float32_head_keeps_its_values_in_a_half_precision_base(tmp_path: Path
 
 
 def test_saved_tensors_keep_their_dtype(tmp_path: Path) -> None:
-    adapter = attach(make("bert").bfloat16(), BitFit())
+    adapter = attach(make("bert").bfloat16(), LayerNormTuning())
     save_adapter(adapter, tmp_path)
     assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}
 

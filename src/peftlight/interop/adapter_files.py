@@ -1,77 +1,159 @@
 """The folder of an adapter: written so that a failure leaves the earlier one whole, and read strictly."""
 
-import hashlib
-import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from peftlight.delta import unchanged_on_error
 from peftlight.errors import UserError, listed
 from peftlight.files import write_atomically
-from peftlight.interop import hf_adalora, hf_peft, metadata, own_format
+from peftlight.interop import (
+    hf_adalora,
+    hf_ia3,
+    hf_in_place,
+    hf_lora,
+    hf_peft,
+    hf_prefix,
+    hf_prompts,
+    hf_tokens,
+    hf_vera,
+    metadata,
+    own_format,
+)
+from peftlight.interop.base_hash import differs, fingerprint
 from peftlight.interop.contents import Config, Contents, Tensors
+from peftlight.interop.distrust import Room
+from peftlight.interop.folder import CONFIG, Files, read_files
+from peftlight.interop.heads import keep_held, make_room
+from peftlight.interop.hf_frame import base_name
+from peftlight.interop.json_files import as_json
+from peftlight.interop.tensor_files import TENSORS, check_finite, flush_to_disk, save_tensors, sha256
 from peftlight.strategies.adalora import AdaLoRA
+from peftlight.strategies.bitfit import BitFit
+from peftlight.strategies.ia3 import IA3
+from peftlight.strategies.layer_norm import LayerNormTuning
 from peftlight.strategies.lora import LoRA
+from peftlight.strategies.prefix import PrefixTuning
+from peftlight.strategies.prompt import PromptTuning
+from peftlight.strategies.stack import Stack
+from peftlight.strategies.trainable_tokens import TrainableTokens
+from peftlight.strategies.vera import VeRA
 from peftlight.strategy import Adapter, PEFTStrategy, attach
-
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 
 # One row for each method that is exchanged with HF PEFT; everything else goes through our own format.
 _WRITERS: dict[type[PEFTStrategy], Callable[[Adapter], tuple[Config, Tensors]]] = {
     AdaLoRA: hf_adalora.to_peft,
+    BitFit: hf_in_place.bitfit_to_peft,
+    IA3: hf_ia3.to_peft,
+    LayerNormTuning: hf_in_place.norms_to_peft,
     LoRA: hf_peft.to_peft,
+    PrefixTuning: hf_prefix.to_peft,
+    PromptTuning: hf_prompts.to_peft,
+    Stack: hf_tokens.stack_to_peft,
+    TrainableTokens: hf_tokens.to_peft,
+    VeRA: hf_vera.to_peft,
 }
 _READERS: dict[str, Callable[[Config, Tensors, nn.Module, str], Contents]] = {
     "ADALORA": hf_adalora.from_peft,
-    "LORA": hf_peft.from_peft,
+    "IA3": hf_ia3.from_peft,
+    "LN_TUNING": hf_in_place.norms_from_peft,
+    "LORA": hf_lora.from_peft,
+    "PREFIX_TUNING": hf_prefix.from_peft,
+    "PROMPT_TUNING": hf_prompts.from_peft,
+    "P_TUNING": hf_prompts.from_peft,
+    "TRAINABLE_TOKENS": hf_tokens.from_peft,
+    "VERA": hf_vera.from_peft,
+}
+
+# What the record beside HF PEFT's files changes about what they say.
+_AS_RECORDED: dict[type[PEFTStrategy], Callable[[Contents, Mapping[str, Any], nn.Module, str], Contents]] = {
+    PrefixTuning: hf_prefix.as_recorded,
+    PromptTuning: hf_prompts.as_recorded,
 }
 
 
-def save_adapter(adapter: Adapter, folder: str | Path) -> None:
-    """Write the adapter's config, tensors and origin into `folder`; in HF PEFT's format for LoRA and AdaLoRA.
+def save_adapter(adapter: Adapter, folder: str | Path, record: Mapping[str, Any] | None = None) -> None:
+    """Write the adapter's config, tensors and origin into `folder`; in HF PEFT's format where it has the method.
+
+    Prompts and prefixes are so only where HF PEFT computes the same, as it does with `compat: peft`. Without that,
+    prompts are where a model predicts tokens or labels each (HF PEFT's classifiers pool a virtual token; and it puts
+    prompts before padding on the left, so it serves rows that are padded there otherwise), and prefixes where positions
+    turn keys, as in Llama (elsewhere HF PEFT's prefix moves the tokens' positions). The rest is in a format of our own,
+    with a warning where HF PEFT has the method but cannot say what was trained.
 
     What only training needed (the network that makes a prefix, say) is left out: see `Adapter.finished`.
 
-    An adapter that is there already is replaced once all of the new one is on the disk. The same adapter gives the
-    same bytes.
+    An adapter that is there already is replaced once all of the new one is on the disk. The same adapter and record
+    give the same bytes.
+
+    Args:
+        adapter: what is saved.
+        folder: where it goes; made if it is not there.
+        record: what is known of the training, laid out as in `Record`; it goes into `peftlight.json` beside what the
+            adapter itself knows. Without a name of the base, that of the model's config is taken.
 
     Raises:
-        UserError: a value is not finite, the files cannot be written, or their format cannot express the adapter.
+        UserError: a value is not finite, or the files cannot be written.
     """
     folder, recipe = Path(folder), adapter.strategy
     adapter = adapter.finished()
-    write = _WRITERS.get(type(adapter.strategy), own_format.to_own)
     if not adapter.state():
         raise UserError(f"The adapter {adapter.name!r} holds nothing to save; it may have been removed.")
-    config, tensors = write(adapter)
-    _check_finite(tensors, f"The adapter {adapter.name!r} is not saved")
-    text = metadata.as_json(config)
+    config, tensors = _written(adapter)
+    check_finite(tensors, f"The adapter {adapter.name!r} is not saved")
+    text = as_json(config)
 
     # Each file is renamed after the one within it, so all of them are whole on the disk before the first is.
     def tensors_then_rest(temporary: Path) -> None:
-        _save_tensors(tensors, temporary)
-        origin = metadata.as_json(metadata.describe(adapter, recipe, _sha256(temporary)))
+        save_tensors(tensors, temporary)
+        origin = as_json(metadata.describe(adapter, recipe, tensors, sha256(temporary), record or {}))
         write_atomically(folder / CONFIG, lambda config_file: text_then_origin(config_file, origin))
 
     def text_then_origin(temporary: Path, origin: str) -> None:
-        _write_through(temporary, text)
+        temporary.write_text(text, encoding="utf-8")
+        flush_to_disk(temporary)
         write_atomically(folder / metadata.FILE, lambda file: file.write_text(origin, encoding="utf-8"))
 
     write_atomically(folder / TENSORS, tensors_then_rest)
 
 
-def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> Adapter:
-    """Put the adapter in `folder`, one of ours or a LoRA or AdaLoRA of HF PEFT's, on `model`.
+def _written(adapter: Adapter) -> tuple[Config, Tensors]:
+    write = _WRITERS.get(type(adapter.strategy), own_format.to_own)
+    try:
+        return write(adapter)
+    except UserError as error:  # a training must not be lost because another library has no words for it
+        warnings.warn(f"{error} It is saved in peftlight's own format, which HF PEFT does not read.", stacklevel=3)
+        return own_format.to_own(adapter)
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    keep_base: bool = False,
+    own_heads: bool = False,
+    other_base: bool = False,
+    convert_pickle: bool = False,
+) -> Adapter:
+    """Put the adapter in `folder`, one of ours or of HF PEFT's, on `model`.
 
     As after `attach`, the base is frozen and all that the adapter owns is trainable. What is trained in place keeps
     the precision of the file: in a half-precision base, a head saved in float32 becomes float32, and the model then
     computes under autocast.
+
+    Args:
+        model: the base; it is changed in place.
+        folder: where the adapter is; the folder of the run that trained it will do.
+        name: the adapter's name on the model.
+        keep_base: as for `attach`.
+        own_heads: whether a head trained whole may have another number of outputs than the model's.
+        other_base: whether the base may be another one than the adapter was trained on.
+        convert_pickle: whether a pickle of tensors is read where there are no safetensors; nothing in it is run.
 
     Raises:
         UserError: the files are missing, damaged, not supported, or do not fit the model, which is as it was.
@@ -79,13 +161,28 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     folder = Path(folder)
     with unchanged_on_error(model):
         try:
-            config, tensors = _read(folder)
-            contents = _reader(config)(config, tensors, model, name)
-            adapter = attach(model, contents.strategy, name, modules_to_train=contents.modules_to_train)
+            files = read_files(folder, convert_pickle)
+            held = make_room(model, files.tensors) if own_heads else {}
+            with Room(files.tensors):
+                contents = _contents(files, model, name)
+                trained = contents.modules_to_train
+                adapter = attach(model, contents.strategy, name, modules_to_train=trained, keep_base=keep_base)
+            keep_held(adapter, held)
+            if not other_base:
+                _check_base(files, adapter)
             _fill(adapter, contents.state)
         except UserError as error:
             raise UserError(f"Cannot load the adapter in {folder}: {error}") from None
     return adapter
+
+
+def _contents(files: Files, model: nn.Module, name: str) -> Contents:
+    read, recorded = _reader(files.config), files.record.strategy
+    contents = read(files.config, files.tensors, model, name)
+    as_recorded = _AS_RECORDED.get(type(contents.strategy))
+    if read is own_format.from_own or as_recorded is None or recorded is None:
+        return contents
+    return as_recorded(contents, recorded, model, name)
 
 
 def _reader(config: Config) -> Callable[[Config, Tensors, nn.Module, str], Contents]:
@@ -100,83 +197,35 @@ def _reader(config: Config) -> Callable[[Config, Tensors, nn.Module, str], Conte
     return _READERS[kind]
 
 
+def _check_base(files: Files, adapter: Adapter) -> None:
+    base, model = files.record.base, adapter.model
+    if what := differs(base.fingerprint, fingerprint(adapter, files.tensors)):
+        raise UserError(
+            f"It was trained on another base, {base.name or 'of an unknown name'}"
+            f"{f' ({base.revision})' if base.revision else ''}; this {type(model).__name__} is "
+            f"{base_name(model) or 'of an unknown name'}, and the two differ in the {what} of what the adapter "
+            "leaves frozen. Load the base that it was trained on; or, to use it on this one nevertheless: "
+            "load_adapter(..., other_base=True)."
+        )
+
+
 def _fill(adapter: Adapter, state: Tensors) -> None:
     own = adapter.state()
     if {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in state.items()}:
+        _check_kinds(own, state)
         for key, parameter in adapter.parameters().items():
             if parameter.dtype in (torch.float16, torch.bfloat16) and state[key].dtype == torch.float32:
                 parameter.data = parameter.data.float()
     adapter.load_state(state, TENSORS)
 
 
-def _read(folder: Path) -> tuple[Config, Tensors]:
-    if not folder.is_dir():
-        raise UserError("There is no such folder.")
-    if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"It has no {CONFIG}. What is there: {listed(sorted(p.name for p in folder.iterdir())) or '-'}."
-        )
-    if not (folder / TENSORS).is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        how = "adapter_model.bin is a pickle, which may run code; save it again with safe_serialization=True"
-        raise UserError(f"It has no {TENSORS} (safetensors).{f' {how}.' if pickled else ''}")
-    config = metadata.read_json(folder / CONFIG)
-    if (folder / metadata.FILE).is_file():
-        metadata.check(metadata.read_json(folder / metadata.FILE), _sha256(folder / TENSORS), TENSORS)
-    try:
-        tensors = load_file(folder / TENSORS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{TENSORS} is damaged or not a safetensors file: {error}.") from None
-    _check_finite(tensors, f"{TENSORS} is refused")
-    return config, tensors
-
-
-def _check_finite(tensors: Tensors, what: str) -> None:
-    bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise UserError(
-            f"{what}: {len(bad)} of its tensors hold values that are not finite (NaN or infinite): {listed(bad)}."
-        )
-
-
-def _save_tensors(tensors: Tensors, path: Path) -> None:
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(_apart(tensors), path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        number = str(error).rpartition("os error ")[2].rstrip(")")
-        code = int(number) if number.isdecimal() else 0
-        raise OSError(code, os.strerror(code) if code else str(error)) from error
-    path.chmod(mode)  # safetensors gives its files to their owner alone
-    _sync(path)
-
-
-def _apart(tensors: Tensors) -> dict[str, Tensor]:
-    """The tensors, contiguous, and none sharing memory with another: safetensors refuses that."""
-    seen: set[int] = set()
-    apart = {}
-    for key, value in tensors.items():
-        value = value.contiguous()
-        memory = value.untyped_storage().data_ptr()
-        apart[key] = value.clone() if memory in seen else value
-        seen.add(memory)
-    return apart
-
-
-def _write_through(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _check_kinds(own: Tensors, state: Tensors) -> None:
+    """See that numbers with and without a fraction go where such numbers belong, and that they fit there."""
+    odd = [
+        f"{key} ({str(state[key].dtype).removeprefix('torch.')})"
+        for key, value in own.items()
+        if value.is_floating_point() != state[key].is_floating_point() or value.is_complex() != state[key].is_complex()
+    ]
+    if odd:
+        raise UserError(f"{TENSORS} holds numbers of another kind than the model takes: {listed(odd)}.")
+    check_finite({key: state[key].to(value.dtype) for key, value in own.items()}, f"{TENSORS} is refused")

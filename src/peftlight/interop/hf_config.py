@@ -12,13 +12,14 @@ from peftlight.targets import pattern_value
 PEFT_VERSION = "0.21.2"
 """The version of HF PEFT whose format this is."""
 
-_UNDERSTOOD = {
-    "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "bias", "use_rslora", "use_dora",
-}  # fmt: skip
+_OF_ALL = {"peft_type", "task_type", "target_modules", "exclude_modules", "modules_to_save"}
 _WITHOUT_EFFECT = {
     "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "fan_in_fan_out",
-    "megatron_core", "qalora_group_size", "runtime_config",
+    "runtime_config",
+}  # fmt: skip
+_OF_LORA = {
+    "r", "lora_alpha", "lora_dropout", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "bias", "use_rslora", "use_dora", "init_lora_weights", "megatron_core", "qalora_group_size",
 }  # fmt: skip
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base's weights alone, so that the file's tensors are all there is to them."""
@@ -37,7 +38,16 @@ def check_supported(config: Config) -> None:
             "cannot be repeated here: convert the adapter to plain LoRA in HF PEFT first (save_pretrained with "
             "path_initial_model_for_weight_conversion)."
         )
-    known = _UNDERSTOOD | _WITHOUT_EFFECT | {"init_lora_weights"}
+    check_fields(config, _OF_LORA)
+
+
+def check_fields(config: Config, understood: Collection[str]) -> None:
+    """See that no field has a value beside those that every method has and those that are `understood`.
+
+    Raises:
+        UserError: one has; the message names all of them.
+    """
+    known = {*_OF_ALL, *_WITHOUT_EFFECT, *understood}
     others = [f"{field}={value!r}" for field, value in sorted(config.items()) if field not in known and value]
     if others:
         raise UserError(f"It uses what is not supported here: {', '.join(others)}. Nothing of it may be ignored.")
@@ -51,15 +61,15 @@ def recipe(config: Config, sites: Collection[str], targets: str | list[str]) -> 
     """
     start = config.get("init_lora_weights")
     strategy = LoRA(
-        rank=_field(config, "r", int, 8),
-        alpha=_field(config, "lora_alpha", (int, float), 8),
-        dropout=float(_field(config, "lora_dropout", (int, float), 0.0)),
+        rank=number(config, "r", 8, int),
+        alpha=number(config, "lora_alpha", 8),
+        dropout=float(number(config, "lora_dropout", 0.0)),
         target_modules=targets,
         rank_pattern=_patterns(config, "rank_pattern", int, sites),
         alpha_pattern=_patterns(config, "alpha_pattern", (int, float), sites),
-        bias=_field(config, "bias", str, "none"),
-        use_rslora=_switch(config, "use_rslora"),
-        use_dora=_switch(config, "use_dora"),
+        bias=_bias(config),
+        use_rslora=switch(config, "use_rslora"),
+        use_dora=switch(config, "use_dora"),
         init_lora_weights=start if start in FROM_WEIGHT else "default",
     )
     strategy.refuses_wasted_rank = False
@@ -70,8 +80,6 @@ def written(strategy: LoRA, ranks: Mapping[str, int], alphas: Mapping[str, float
     """The fields of the config that follow from the strategy and from the rank and alpha of each site."""
     return {
         "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
-        "inference_mode": True,
         "init_lora_weights": True,
         "r": strategy.rank,
         "lora_alpha": _plain(strategy.alpha),
@@ -108,7 +116,7 @@ def check_kinds(config: Config) -> None:
     for field in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         one = isinstance(config.get(field), str) and field != "modules_to_save"
         for pattern in [config[field]] if one else names(config, field):
-            _check_regex(field, pattern)
+            check_pattern(field, pattern)
     layers = config.get("layers_to_transform")
     if not isinstance(layers, int | None) and not (
         isinstance(layers, list) and all(isinstance(number, int) for number in layers)
@@ -116,23 +124,59 @@ def check_kinds(config: Config) -> None:
         raise UserError(f"layers_to_transform is {layers!r}; expected a number or a list of numbers.")
 
 
-def _field(config: Config, field: str, kinds: type | tuple[type, ...], default: Any) -> Any:
+def check_feed_forward(named: Any) -> None:
+    """See that `feedforward_modules` is a list of names or a regular expression.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(named, list) and all(isinstance(entry, str) for entry in named):
+        return
+    if not isinstance(named, str):
+        raise UserError(
+            f"feedforward_modules is {named!r}; expected a list of names, or a regular expression. It says whose input "
+            "is scaled instead of the output."
+        )
+    check_pattern("feedforward_modules", named)
+
+
+def number(config: Config, field: str, default: Any, kinds: type | tuple[type, ...] = (int, float)) -> Any:
+    """The number in a field.
+
+    Raises:
+        UserError: the field holds something else.
+    """
     value = config.get(field, default)
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise UserError(f"{field} is {value!r}; expected {'text' if kinds is str else 'a number'}.")
-    if field == "bias" and value not in ("none", "all", "lora_only"):
-        raise UserError(f"bias is {value!r}; expected none, all or lora_only.")
+        raise UserError(f"{field} is {value!r}; expected a {'whole ' if kinds is int else ''}number.")
     return value
 
 
-def _switch(config: Config, field: str) -> bool:
-    value = config.get(field) or False
+def switch(config: Config, field: str, default: bool = False) -> bool:
+    """Whether a field says true.
+
+    Raises:
+        UserError: the field holds something else than true or false.
+    """
+    value = config.get(field, default) or False
     if not isinstance(value, bool):
         raise UserError(f"{field} is {value!r}; expected true or false.")
     return value
 
 
-def _check_regex(field: str, pattern: str) -> None:
+def _bias(config: Config) -> Any:
+    value = config.get("bias", "none")
+    if value not in ("none", "all", "lora_only"):
+        raise UserError(f"bias is {value!r}; expected none, all or lora_only.")
+    return value
+
+
+def check_pattern(field: str, pattern: str) -> None:
+    """See that a pattern in the field is a regular expression.
+
+    Raises:
+        UserError: it is not.
+    """
     try:
         re.compile(pattern)
     except re.error as error:
@@ -145,7 +189,7 @@ def _patterns(config: Config, field: str, kinds: type | tuple[type, ...], sites:
     if not isinstance(patterns, dict) or not all(isinstance(value, kinds) for value in patterns.values()):
         raise UserError(f"{field} is {patterns!r}; expected a number for each name.")
     for pattern in patterns:
-        _check_regex(field, pattern)
+        check_pattern(field, pattern)
     return {key: value for key, value in patterns.items() if any(pattern_value({key: True}, s, False) for s in sites)}
 
 

@@ -1,33 +1,27 @@
-"""LoRA in HF PEFT's files: pure translations, both ways, of the config and of the tensors' names.
+"""LoRA in HF PEFT's files: pure translations, both ways, of the config and of the tensors' names."""
 
-A tensor's name there is `base_model.model.` and its path, with `lora_A.weight` for our `deltas.<name>.A`; modules
-trained whole are full copies under their own paths, and the bias of an adapted layer is its `base_layer.bias`.
-"""
-
-import re
 from collections.abc import Collection
 
+import torch
 from torch import nn
 
-from peftlight.delta import CHILD, Delta
+from peftlight.delta import Delta
 from peftlight.errors import UserError, listed
-from peftlight.interop import hf_config
+from peftlight.interop import hf_config, hf_frame
 from peftlight.interop.contents import Config, Contents, Tensors
-from peftlight.interop.hf_checks import Found, heads_of, misfits, missing_sites, plain_state
-from peftlight.interop.hf_targets import HEADS_OF_TASK, paths_of, targets_for, task_of, wrapped
-from peftlight.linear import is_conv1d
+from peftlight.interop.hf_checks import Found, Shapes, misshapen
+from peftlight.linear import is_linear, widths
+from peftlight.paths import inside, own_modules, own_parameters
 from peftlight.strategies.lora import FROM_WEIGHT, LoRA
 from peftlight.strategies.lora_dora import ConvDoRA, EmbeddingDoRA, LinearDoRA
-from peftlight.strategies.lora_layers import ConvLoRA, EmbeddingLoRA, LinearLoRA
+from peftlight.strategies.lora_layers import ConvLoRA, EmbeddingLoRA, LinearLoRA, plain_lora
 from peftlight.strategy import Adapter
 from peftlight.targets import pattern_value
-
-PREFIX = "base_model.model."
 
 _PAIR = {"A": "lora_A.weight", "B": "lora_B.weight"}
 _TABLES = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 _NORMS = {"m": "lora_magnitude_vector"}
-_MATRICES = {
+_MATRICES: dict[type, dict[str, str]] = {
     LinearLoRA: _PAIR,
     ConvLoRA: _PAIR,
     EmbeddingLoRA: _TABLES,
@@ -35,9 +29,8 @@ _MATRICES = {
     ConvDoRA: _PAIR | _NORMS,
     EmbeddingDoRA: _TABLES | _NORMS,
 }
-_LORA_KEY = re.compile(r"(?P<site>.+)\.lora_(?:embedding_(?P<table>[AB])|(?P<matrix>[AB])\.weight|magnitude_vector)")
-_ODD_BIAS = re.compile(r".+\.(modules_to_save|original_module)\.(.+\.)?bias")
-"""Keys that HF PEFT writes beside a head's own biases when bias is "all", and does not read."""
+_SHORT = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
+"""Names for messages, whatever the kind of layer."""
 
 
 def to_peft(adapter: Adapter) -> tuple[Config, Tensors]:
@@ -46,124 +39,96 @@ def to_peft(adapter: Adapter) -> tuple[Config, Tensors]:
     Raises:
         UserError: HF PEFT's format cannot express the adapter.
     """
-    heads = _heads(adapter)
-    config = _config(adapter, heads)
-    whole = wrapped([*heads, *_implied(config["task_type"])], paths_of(adapter.model, tied_twice=True))
-    inside = tuple(f"{path}." for path in whole)
-    tensors: Tensors = {}
-    for site, delta in adapter.sites.items():
-        if f"{site}.".startswith(inside):
-            raise UserError(f"HF PEFT trains all of {listed(whole)} whole, so {site} in it can have no adapter there.")
-        for ours, theirs in _MATRICES[type(delta)].items():
-            tensors[f"{PREFIX}{site}.{theirs}"] = delta.get_parameter(ours).detach()
-    for path in whole:
-        for key, value in adapter.model.get_submodule(path).state_dict().items():
-            if _of_base(key):
-                tensors[f"{PREFIX}{path}.{key}"] = value
-    for key, value in adapter.state().items():
-        if _of_base(key) and not key.startswith(inside):
-            tensors[_with_base_layer(key, adapter.sites)] = value
-    return config, tensors
+    strategy, sites = adapter.strategy, adapter.sites
+    assert isinstance(strategy, LoRA)
+    foreign = {type(delta).__name__ for delta in sites.values() if type(delta) not in _MATRICES}
+    if foreign:
+        raise UserError(f"HF PEFT's LoRA has nothing like {listed(sorted(foreign))}.")
+    placed = {
+        site: {theirs: delta.get_parameter(ours).detach() for ours, theirs in _MATRICES[type(delta)].items()}
+        for site, delta in sites.items()
+    }
+    config, tensors = hf_frame.written(adapter, placed)
+    ranks = {site: len(delta.get_parameter("A")) for site, delta in sites.items()}
+    alphas = {site: pattern_value(strategy.alpha_pattern, site, strategy.alpha) for site in ranks}
+    config |= hf_config.written(strategy, ranks, alphas)
+    return config | {"fan_in_fan_out": hf_frame.transposed(adapter)}, tensors
 
 
-def from_peft(config: Config, tensors: Tensors, model: nn.Module, name: str = "default") -> Contents:
+def from_peft(
+    config: Config, tensors: Tensors, model: nn.Module, name: str = "default", biases: Collection[str] | None = None
+) -> Contents:
     """The adapter that HF PEFT's files describe, to be put on `model` under `name`.
+
+    `biases` are the parameters of the base that the file trains, where the config's `bias` does not say it.
 
     Raises:
         UserError: the files use what is not supported here, or do not fit the model; the message lists everything.
     """
     hf_config.check_supported(config)
-    hf_config.check_kinds(config)
-    found = _sorted_out(tensors, model, dora=config.get("use_dora") is True)
-    if not found.matrices:
-        raise UserError(f"It holds no LoRA tensor that fits this {type(model).__name__}: {listed(tensors, 3)}.")
-    entries, implied = hf_config.names(config, "modules_to_save"), _implied(config.get("task_type"))
-    strategy = hf_config.recipe(config, found.matrices, targets_for(found.matrices, paths_of(model), entries))
-    heads = heads_of(strategy, entries, implied, found, model)
-    problems = missing_sites({**config, "modules_to_save": [*entries, *implied]}, found, model)
-    problems += misfits(strategy, found, model) + found.unknown
-    state, more = plain_state(strategy, heads, found, model)
-    if problems + more:
-        raise UserError(f"It does not fit this {type(model).__name__}:\n  " + "\n  ".join(problems + more))
+    needed = _PAIR | (_NORMS if config.get("use_dora") is True else {})
+    parts = {theirs: ours for ours, theirs in [*needed.items(), *_TABLES.items()]}
+    found = hf_frame.found_in(config, tensors, model, parts)
+    strategy = hf_config.recipe(config, found.matrices, hf_frame.targets_of(config, found, model))
+    short = {ours: _SHORT[ours] for ours in needed}
+    problems = misshapen(found, model, short, lambda site, module: _shapes(strategy, site, module))
+    biases = _biases(strategy, found, model) if biases is None else biases
+    contents = hf_frame.contents(config, strategy, found, model, name, short, problems, biases)
     if strategy.init_lora_weights in FROM_WEIGHT:
-        _add_starts(strategy, found, model)
-    for site, pair in found.matrices.items():
-        state.update({f"{site}.{CHILD}.{name}.{matrix}": value for matrix, value in pair.items()})
-    return Contents(strategy, heads, state)
+        contents.state.update(_starts(strategy, found, model, name))
+    return contents
 
 
-def _add_starts(strategy: LoRA, found: Found, model: nn.Module) -> None:
+def empty(adapter: Adapter) -> dict[str, Delta]:
+    """A LoRA of zeros on one linear layer outside the heads: with it HF PEFT reads what else its files train.
+
+    There is none where the model has no such layer.
+    """
+    model, whole = adapter.model, hf_frame.copied_whole(adapter)
+    for site, module in own_modules(model):
+        above = model.get_submodule(site.rpartition(".")[0])
+        if is_linear(module) and not inside(site, whole) and not isinstance(above, nn.MultiheadAttention):
+            inputs, outputs = widths(module)
+            return {site: plain_lora(torch.zeros(1, inputs), torch.zeros(outputs, 1), 1.0, 0.0)}
+    return {}
+
+
+def is_empty(tensors: Tensors) -> bool:
+    """Whether the LoRA in a file is nothing but zeros, which no training leaves or could ever leave behind."""
+    matrices = [value for key, value in tensors.items() if ".lora_" in key]
+    return bool(matrices) and not any(value.any() for value in matrices)
+
+
+def _starts(strategy: LoRA, found: Found, model: nn.Module, name: str) -> Tensors:
     """Where A and B started: HF PEFT writes only where they are, and decomposes the base again when it reads."""
-    for site, matrices in found.matrices.items():
-        matrices["A0"], matrices["B0"] = strategy.start_at(site, model.get_submodule(site))
+    starts: Tensors = {}
+    for site in found.matrices:
+        A0, B0 = strategy.start_at(site, model.get_submodule(site))
+        starts |= {hf_frame.key_of(site, name, "A0"): A0, hf_frame.key_of(site, name, "B0"): B0}
+    return starts
 
 
-def _implied(task: str | None) -> tuple[str, ...]:
-    return HEADS_OF_TASK.get(task or "", ())
+def _shapes(strategy: LoRA, site: str, module: nn.Module) -> Shapes | None:
+    rank = pattern_value(strategy.rank_pattern, site, strategy.rank)
+    if is_linear(module):
+        inputs, outputs = widths(module)
+        return {"A": (rank, inputs), "B": (outputs, rank), "m": (outputs,)}
+    if isinstance(module, nn.Embedding):
+        dim = module.embedding_dim
+        return {"A": (rank, module.num_embeddings), "B": (dim, rank), "m": (dim,)}
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        ones = (1,) * len(module.kernel_size)
+        return {
+            "A": (rank, module.in_channels, *module.kernel_size),
+            "B": (module.out_channels, rank // module.groups, *ones),
+            "m": (1, module.out_channels, *ones),
+        }
+    return None
 
 
-def _of_base(key: str) -> bool:
-    return CHILD not in key.split(".")
-
-
-def _heads(adapter: Adapter) -> list[str]:
-    """The modules trained whole, and those tied to them: HF PEFT would leave the other end of the tie as it was."""
-    modules = dict(adapter.model.named_modules(remove_duplicate=False))
-    heads = [name for name in adapter.trained if name in modules]
-    trained = {id(parameter) for head in heads for parameter in modules[head].parameters()}
-    for path in paths_of(adapter.model, tied_twice=True):
-        tied = any(id(parameter) in trained for parameter in modules[path].parameters(recurse=False))
-        if tied and not f"{path}.".startswith(tuple(f"{head}." for head in heads)):
-            heads.append(path)
-    return sorted(heads)
-
-
-def _config(adapter: Adapter, heads: list[str]) -> Config:
-    model, strategy = adapter.model, adapter.strategy
-    assert isinstance(strategy, LoRA)
-    foreign = {type(delta).__name__ for delta in adapter.sites.values() if type(delta) not in _MATRICES}
-    if foreign:
-        raise UserError(f"HF PEFT's LoRA has nothing like {listed(sorted(foreign))}.")
-    task, paths = task_of(model), paths_of(model)
-    if any(f"{site}.".startswith(f"{head}.") for head in wrapped(_implied(task), paths) for site in adapter.sites):
-        task = None  # with a task HF PEFT would train the adapted head whole
-    ranks = {site: _rank(delta) for site, delta in adapter.sites.items()}
-    alphas = {site: pattern_value(strategy.alpha_pattern, site, strategy.alpha) for site in ranks}
-    return {
-        **hf_config.written(strategy, ranks, alphas),
-        "task_type": task,
-        "base_model_name_or_path": base_name(model),
-        "fan_in_fan_out": all(is_conv1d(model.get_submodule(site)) for site in ranks),
-        "target_modules": targets_for(ranks, paths, [*heads, *_implied(task)]),
-        "modules_to_save": heads or None,
-    }
-
-
-def base_name(model: nn.Module) -> str:
-    """Where the base came from, as far as the model itself knows."""
-    return getattr(getattr(model, "config", None), "name_or_path", None) or ""
-
-
-def _rank(delta: Delta) -> int:
-    return delta.get_parameter("A").shape[0]
-
-
-def _with_base_layer(key: str, sites: Collection[str]) -> str:
-    module, _, leaf = key.rpartition(".")
-    return f"{PREFIX}{module}.base_layer.{leaf}" if module in sites else PREFIX + key
-
-
-def _sorted_out(tensors: Tensors, model: nn.Module, dora: bool) -> Found:
-    found, base, modules = Found(), model.state_dict(), set(paths_of(model, tied_twice=True))
-    for key, value in tensors.items():
-        path = key.removeprefix(PREFIX)
-        plain = path.replace(".base_layer.", ".")
-        matrix = _LORA_KEY.fullmatch(path)
-        letter = matrix and (matrix["matrix"] or matrix["table"] or "m")
-        if matrix and letter and matrix["site"] in modules and (dora or letter != "m"):
-            found.matrices.setdefault(matrix["site"], {})[letter] = value
-        elif plain in base:
-            found.plain[plain] = value
-        elif not _ODD_BIAS.fullmatch(path):
-            found.unknown.append(f"unexpected: {key}, for which the model has no place")
-    return found
+def _biases(strategy: LoRA, found: Found, model: nn.Module) -> list[str]:
+    """The biases of the base that the strategy trains."""
+    biases = [key for key, _ in own_parameters(model) if key.rpartition(".")[2] == "bias"]
+    if strategy.bias == "lora_only":
+        return [key for key in biases if key.rpartition(".")[0] in found.matrices]
+    return biases if strategy.bias == "all" else []

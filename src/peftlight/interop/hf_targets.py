@@ -55,6 +55,11 @@ def selected(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     return [path for path in paths if not _left_out(config, path) and _targeted(config, path)]
 
 
+def is_feed_forward(named: str | Collection[str], site: str) -> bool:
+    """Whether `feedforward_modules` means the path: all of it, or its end, be it in the middle of a word."""
+    return re.fullmatch(named, site) is not None if isinstance(named, str) else site.endswith(tuple(named))
+
+
 def targets_for(sites: Collection[str], paths: Sequence[str], heads: Collection[str]) -> str | list[str]:
     """The shortest `target_modules` that selects exactly `sites`, where `heads` are the `modules_to_save`.
 

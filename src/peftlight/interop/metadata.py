@@ -1,31 +1,95 @@
-"""`peftlight.json`: where an adapter comes from, and the checksum of its tensors."""
+"""`peftlight.json`: where an adapter comes from, what it was trained on, and the checksum of its tensors."""
 
-import json
+import dataclasses
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 
 from peftlight import __version__
 from peftlight.errors import UserError
-from peftlight.interop.hf_peft import base_name
+from peftlight.interop.base_hash import Fingerprint, fingerprint
+from peftlight.interop.contents import Tensors
+from peftlight.interop.hf_frame import base_name
+from peftlight.interop.hf_targets import task_of
 from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import spec_of
+from peftlight.typed import fits, kind_of
 
 FILE = "peftlight.json"
-FORMAT = 1
+FORMAT = 2
 """Version of the files' format; a reader refuses a newer one."""
 
+T = TypeVar("T")
 
-def describe(adapter: Adapter, recipe: PEFTStrategy, sha256: str) -> dict[str, Any]:
-    """The origin of a finished adapter, trained by `recipe`, whose file of tensors has this checksum."""
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base that an adapter was trained on; what is not known is None."""
+
+    name: str | None = None
+    """As the user wrote it: a hub id, a folder, a package."""
+    revision: str | None = None
+    auto_class: str | None = None
+    """The class of transformers that made the model."""
+    trust_remote_code: bool | None = None
+    dtype: str | None = None
+    shapes: str | None = None
+    weights: str | None = None
+    """These three are those of `base_hash.Fingerprint`."""
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(self.dtype, self.shapes, self.weights)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `peftlight.json` says; what it does not say is None, and so is everything for an adapter without one."""
+
+    base: BaseRecord = field(default_factory=BaseRecord)
+    task: str | None = None
+    """Name of the task's class."""
+    label_names: list[str] | None = None
+    data: dict[str, Any] | None = None
+    """`source`, `fingerprint`, and `encoder`: how its rows are put to a model, as `data.encoder.Encoder.settings`."""
+    metrics: dict[str, float | None] | None = None
+    """As last logged when the training ended; None where one was not a finite number."""
+    steps: int | None = None
+    seed: int | None = None
+    strategy: dict[str, Any] | None = None
+    """The strategy as saved, and as it was trained:"""
+    trained_by: dict[str, Any] | None = None
+    trained: list[str] | None = None
+    """Modules and parameters of the base trained in place."""
+    versions: dict[str, str] | None = None
+    format: int | None = None
+    sha256: str | None = None
+
+
+def describe(
+    adapter: Adapter, recipe: PEFTStrategy, tensors: Tensors, sha256: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The origin of a finished adapter, trained by `recipe`, whose file with these tensors has this checksum.
+
+    Raises:
+        UserError: a field of the `given` record has a value of another kind than `Record` says.
+    """
     versions = {"peftlight": __version__, "torch": str(torch.__version__)}
     if "transformers" in sys.modules:
         versions["transformers"] = str(sys.modules["transformers"].__version__)
+    as_record({**given, "format": FORMAT})  # so that what is written can be read again
+    base = dict(given.get("base") or {})
+    base |= {
+        "name": base.get("name") or base_name(adapter.model) or None,
+        "auto_class": base.get("auto_class") or _CLASSES.get(str(task_of(adapter.model))),
+    }
     return {
+        **given,
+        "base": base | dataclasses.asdict(fingerprint(adapter, tensors)),
         "format": FORMAT,
-        "base_model": base_name(adapter.model),
         "strategy": spec_of(adapter.strategy),
         "trained_by": spec_of(recipe),
         "trained": adapter.trained,
@@ -34,46 +98,56 @@ def describe(adapter: Adapter, recipe: PEFTStrategy, sha256: str) -> dict[str, A
     }
 
 
-def check(origin: dict[str, Any], sha256: str, file: str) -> None:
-    """See that the file of tensors is the one that was saved with `origin`, in a format that is known.
+def as_record(origin: Mapping[str, Any]) -> Record:
+    """The record that a file holds, of this format or of an older one.
+
+    Raises:
+        UserError: the format is newer, or a field holds another kind of value.
+    """
+    version = origin.get("format")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT:
+        raise UserError(f"{FILE} says format {version!r}; this version of peftlight knows 1 to {FORMAT}.")
+    base = origin.get("base", {}) if version > 1 else {"name": origin.get("base_model") or None}
+    if not isinstance(base, dict):
+        raise UserError(f"{FILE}: base is {base!r}; expected an object.")
+    return _filled(Record, {**origin, "base": _filled(BaseRecord, base, "base.")})
+
+
+def check_sum(record: Record, sha256: str, file: str) -> None:
+    """See that the file of tensors is the one that was saved with the record.
 
     Raises:
         UserError: it is not.
     """
-    version = origin.get("format")
-    if not isinstance(version, int) or version > FORMAT:
-        raise UserError(f"{FILE} says format {version!r}; this version of peftlight knows up to {FORMAT}.")
-    if origin.get("sha256") != sha256:
+    if record.sha256 != sha256:
         raise UserError(
             f"{file} is not the file that was saved: its checksum is not the one in {FILE}. It was damaged, or another "
             f"program replaced it; if that was on purpose, delete {FILE}."
         )
 
 
-def as_json(value: dict[str, Any]) -> str:
-    """The value as text, the same for the same value.
-
-    Raises:
-        UserError: it holds something that JSON cannot.
-    """
-    try:
-        return json.dumps(value, indent=2, sort_keys=True) + "\n"
-    except TypeError as error:
-        raise UserError(
-            f"The strategy's fields cannot be saved: {error}. Use numbers, text, lists and dicts."
-        ) from None
+def record_of_peft(config: Mapping[str, Any]) -> Record:
+    """What HF PEFT's config says of the base, for an adapter without a record."""
+    name, revision = (config.get(field) for field in ("base_model_name_or_path", "revision"))
+    named, fixed = (value if isinstance(value, str) and value else None for value in (name, revision))
+    return Record(BaseRecord(named, fixed, _CLASSES.get(str(config.get("task_type")))))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""The class of transformers for each `task_type` of HF PEFT's."""
 
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path.name} is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path.name} holds a {type(value).__name__}; expected a JSON object.")
-    return value
+
+def _filled(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """The dataclass with those of the values that are its fields."""
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name in values}
+    for name, hint in hints.items():
+        if not fits(values[name], hint):
+            raise UserError(f"{FILE}: {where}{name} is {values[name]!r}; expected {kind_of(hint)}.")
+    return kind(**{name: values[name] for name in hints})

@@ -5,6 +5,7 @@ have the names they have in the model, without the adapter's name.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -36,12 +37,10 @@ def from_own(config: Config, tensors: Tensors, model: nn.Module, name: str = "de
     Raises:
         UserError: the config is not one that `to_own` writes, or names a strategy that is not known.
     """
-    spec, trained = config.get("strategy"), config.get("trained")
-    if not isinstance(spec, Mapping) or not isinstance(spec.get("init_args"), Mapping) or "class_path" not in spec:
-        raise UserError(f"'strategy' is {spec!r}; expected a class_path and init_args.")
+    trained = config.get("trained")
     if not isinstance(trained, list) or not all(isinstance(entry, str) for entry in trained):
         raise UserError(f"'trained' is {trained!r}; expected a list of names.")
-    strategy = as_strategy(spec)
+    strategy = strategy_in(config.get("strategy"))
     for part in _parts(strategy):
         if isinstance(part, LoRA):
             part.refuses_wasted_rank = False  # a PiSSA is saved with twice its rank
@@ -52,6 +51,17 @@ def from_own(config: Config, tensors: Tensors, model: nn.Module, name: str = "de
     modules = dict(model.named_modules())
     by_strategy = set(strategy.train(model))
     return Contents(strategy, [entry for entry in trained if entry in modules and entry not in by_strategy], state)
+
+
+def strategy_in(spec: Any) -> PEFTStrategy:
+    """The strategy that a file has as plain data.
+
+    Raises:
+        UserError: it is not one that `spec_of` gives, or is not known.
+    """
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("init_args"), Mapping) or "class_path" not in spec:
+        raise UserError(f"'strategy' is {spec!r}; expected a class_path and init_args.")
+    return as_strategy(spec)
 
 
 def _parts(strategy: PEFTStrategy) -> Iterator[PEFTStrategy]:

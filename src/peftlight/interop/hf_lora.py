@@ -1,0 +1,20 @@
+"""What HF PEFT calls LORA: a LoRA, single tokens trained with it or alone, or a LoRA of zeros that carries biases."""
+
+from torch import nn
+
+from peftlight.interop import hf_in_place, hf_peft, hf_renames, hf_tokens
+from peftlight.interop.contents import Config, Contents, Tensors
+
+
+def from_peft(config: Config, tensors: Tensors, model: nn.Module, name: str = "default") -> Contents:
+    """The adapter that HF PEFT's files describe, to be put on `model` under `name`.
+
+    Raises:
+        UserError: the files use what is not supported here, or do not fit the model; the message lists everything.
+    """
+    config, tensors = hf_renames.translated(config, tensors, model)
+    if config.get("trainable_token_indices"):
+        return hf_tokens.with_lora_from_peft(config, tensors, model, name)
+    if hf_in_place.holds_bitfit(config, tensors, model):
+        return hf_in_place.bitfit_from_peft(config, tensors, model, name)
+    return hf_peft.from_peft(config, tensors, model, name)

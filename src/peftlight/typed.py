@@ -1,0 +1,30 @@
+"""Whether plain data, as JSON and YAML hold it, is of the kind that a type hint asks for."""
+
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+_PLAIN = (str, bool, NoneType, list, dict)
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether `value` is of the hint's kind; a hint that is not about plain data takes everything.
+
+    Of a `Literal`, the kind alone counts: which words there are is better said by who reads them.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(fits(value, type(word)) for word in inner)
+    if origin is list:
+        return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return hint not in _PLAIN or isinstance(value, hint)
+
+
+def kind_of(hint: Any) -> str:
+    """The hint as a person reads it."""
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
