@@ -7,14 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peftlight.adapters import Adapters
     from peftlight.interop import load_adapter, save_adapter
     from peftlight.strategy import Adapter, PEFTStrategy, attach
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "PEFTStrategy", "__version__", "attach", "load_adapter", "save_adapter"]
+__all__ = ["Adapter", "Adapters", "PEFTStrategy", "__version__", "attach", "load_adapter", "save_adapter"]
 
 _HOME = {
     "Adapter": "peftlight.strategy",
+    "Adapters": "peftlight.adapters",
     "PEFTStrategy": "peftlight.strategy",
     "attach": "peftlight.strategy",
     "load_adapter": "peftlight.interop",
