@@ -173,7 +173,9 @@ class Adapter:
             raise UserError(f"The adapter {self.name!r} is merged already.")
         if not self.enabled:
             raise UserError(f"The adapter {self.name!r} is switched off; enable it before merging it.")
-        folded = {site: self._folded(site) for site in self.sites}
+        for site in self.sites:
+            self._check_unshared(site)
+        folded = {site: self.folded(site) for site in self.sites}
         for site, (weight, bias) in folded.items():
             module = self.model.get_submodule(site)
             own = {f"{site}.weight".lstrip("."): module.get_parameter("weight")}
@@ -190,21 +192,26 @@ class Adapter:
         if self.enabled:
             self._put(self.merged)
         else:
-            self.aside = {name: value for name, value in self.aside.items() if name not in self.merged}
+            self.aside = {name: self.merged.get(name, value) for name, value in self.aside.items()
+                          if name in self.originals or name not in self.merged}  # fmt: skip
         self.merged = {}
         for delta in self.sites.values():
             delta.enabled = self.enabled
 
-    def _folded(self, site: str) -> tuple[Tensor, Tensor | None]:
-        module, where = self.model.get_submodule(site), f"The adapter {self.name!r} cannot be merged at {site!r}: "
+    def folded(self, site: str) -> tuple[Tensor, Tensor | None]:
+        """The weight, laid out as by `weight_of`, and the bias with which the bare module computes the same.
+
+        They are at least in float32; the model is left as it is, and other modules may share the weight.
+
+        Raises:
+            UserError: no weight does that, or it lies above the delta of another adapter.
+        """
+        module, where = self.model.get_submodule(site), self._where(site)
         if below := beneath(module, self.name):
             raise UserError(f"{where}{listed(below)} lies beneath it; merge that one first.")
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter):
             raise UserError(f"{where}this {type(module).__name__} has no weight to fold into.")
-        names = [name for name, p in self.model.named_parameters(remove_duplicate=False) if p is weight]
-        if len(names) > 1:
-            raise UserError(f"{where}its weight is shared by {listed(names)}, which would change too.")
         bias = module.get_parameter("bias").detach() if getattr(module, "bias", None) is not None else None
         dtype = torch.promote_types(weight.dtype, torch.float32)
         try:
@@ -212,6 +219,15 @@ class Adapter:
                 return self.sites[site].fold(weight_of(module).to(dtype), None if bias is None else bias.to(dtype))
         except UserError as error:
             raise UserError(f"{where}{error}") from None
+
+    def _check_unshared(self, site: str) -> None:
+        weight = getattr(self.model.get_submodule(site), "weight", None)
+        names = [name for name, p in self.model.named_parameters(remove_duplicate=False) if p is weight]
+        if len(names) > 1:
+            raise UserError(f"{self._where(site)}its weight is shared by {listed(names)}, which would change too.")
+
+    def _where(self, site: str) -> str:
+        return f"The adapter {self.name!r} cannot be merged at {site!r}: "
 
     def disable(self) -> None:
         """Switch the adapter off: the model computes as it did before `attach`. Nothing is copied.
@@ -230,7 +246,10 @@ class Adapter:
         if not self.enabled:
             held = self._exchange(self.aside)  # not what was there at `disable`: another adapter may have written there
             self.originals = {name: held[name] for name in self.originals}
-            self.merged = {name: held[name] for name in self.merged}
+            # What is trained in place had its trained value before the merge, which is not the base's.
+            self.merged = {
+                name: before if name in self.originals else held[name] for name, before in self.merged.items()
+            }
             self.aside = {}
             self._switch(True)
 
@@ -262,8 +281,8 @@ class Adapter:
 
     def _exchange(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Let the model's tensors of these names hold `values`; returns what they held."""
-        tensors = self._tensors() if values else {}
-        held = {name: tensors[name].data for name in values}
+        tensors = {name: self._tensor(name) for name in values}
+        held = {name: tensor.data for name, tensor in tensors.items()}
         for name, value in values.items():
             tensors[name].data = value.to(tensors[name].device)
         return held
@@ -274,25 +293,23 @@ class Adapter:
 
     def _own_names(self) -> set[str]:
         """The names of what belongs to this adapter; of a tied parameter's names, the first."""
-        names = dict(self._named(remove_duplicate=False))
+        names: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        names.update(self.model.named_buffers(remove_duplicate=False))
         first = first_names(self.model)
         return {first[id(names[name])] for name in _owned(names, self.sites, self.trained, self.name)}
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
-        own = self._tensors()
         with torch.no_grad():
             for name, value in values.items():
-                tensor = own[name]
+                tensor = self._tensor(name)
                 if tensor.dtype != value.dtype:  # what is trained may have been put into float32 since
                     tensor.data = tensor.data.to(value.dtype)
                 tensor.copy_(value)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return dict(self._named())
-
-    def _named(self, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.named_parameters(remove_duplicate=remove_duplicate)
-        yield from self.model.named_buffers(remove_duplicate=remove_duplicate)
+    def _tensor(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        tensor: Tensor = getattr(self.model.get_submodule(path), leaf)
+        return tensor
 
 
 def attach(

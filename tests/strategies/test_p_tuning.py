@@ -117,8 +117,9 @@ def test_only_the_virtual_tokens_are_saved(name: str, encoder: Any, compat: Any,
     save_adapter(adapter, tmp_path)
     assert all(module.training for module in model.modules())
     assert set(adapter.state()) == before
-    (rows,) = load_file(tmp_path / "adapter_model.safetensors").values()
-    assert rows.shape == (2 * COUNT if compat and name == "t5" else COUNT, 32)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    (rows,) = (value for key, value in saved.items() if "classifier" not in key)  # which HF PEFT wants in any case
+    assert rows.shape == (2 * COUNT if name == "t5" else COUNT, 32)
     other = make(name)
     loaded = load_adapter(other, tmp_path)
     assert loaded.strategy == PromptTuning(COUNT, init="random", compat=compat)

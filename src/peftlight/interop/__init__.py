@@ -2,8 +2,7 @@
 
 from peftlight.interop.adapter_files import load_adapter, save_adapter
 from peftlight.interop.folder import read_record
-from peftlight.interop.hub import adapter_folder
 from peftlight.interop.metadata import BaseRecord, Record
 from peftlight.interop.tensor_files import convert_pickle
 
-__all__ = ["BaseRecord", "Record", "adapter_folder", "convert_pickle", "load_adapter", "read_record", "save_adapter"]
+__all__ = ["BaseRecord", "Record", "convert_pickle", "load_adapter", "read_record", "save_adapter"]

@@ -11,25 +11,14 @@ from torch import nn
 from peftlight.delta import unchanged_on_error
 from peftlight.errors import UserError, listed
 from peftlight.files import write_atomically
-from peftlight.interop import (
-    hf_adalora,
-    hf_ia3,
-    hf_in_place,
-    hf_lora,
-    hf_peft,
-    hf_prefix,
-    hf_prompts,
-    hf_tokens,
-    hf_vera,
-    metadata,
-    own_format,
-)
+from peftlight.interop import metadata, own_format
 from peftlight.interop.base_hash import differs, fingerprint
 from peftlight.interop.contents import Config, Contents, Tensors
 from peftlight.interop.distrust import Room
 from peftlight.interop.folder import CONFIG, Files, read_files
 from peftlight.interop.heads import keep_held, make_room
-from peftlight.interop.hf_frame import base_name
+from peftlight.interop.hf import adalora, ia3, in_place, lora, lora_type, prefix, prompts, tokens, vera
+from peftlight.interop.hf.frame import base_name
 from peftlight.interop.json_files import as_json
 from peftlight.interop.tensor_files import TENSORS, check_finite, flush_to_disk, save_tensors, sha256
 from peftlight.strategies.adalora import AdaLoRA
@@ -46,33 +35,33 @@ from peftlight.strategy import Adapter, PEFTStrategy, attach
 
 # One row for each method that is exchanged with HF PEFT; everything else goes through our own format.
 _WRITERS: dict[type[PEFTStrategy], Callable[[Adapter], tuple[Config, Tensors]]] = {
-    AdaLoRA: hf_adalora.to_peft,
-    BitFit: hf_in_place.bitfit_to_peft,
-    IA3: hf_ia3.to_peft,
-    LayerNormTuning: hf_in_place.norms_to_peft,
-    LoRA: hf_peft.to_peft,
-    PrefixTuning: hf_prefix.to_peft,
-    PromptTuning: hf_prompts.to_peft,
-    Stack: hf_tokens.stack_to_peft,
-    TrainableTokens: hf_tokens.to_peft,
-    VeRA: hf_vera.to_peft,
+    AdaLoRA: adalora.to_peft,
+    BitFit: in_place.bitfit_to_peft,
+    IA3: ia3.to_peft,
+    LayerNormTuning: in_place.norms_to_peft,
+    LoRA: lora.to_peft,
+    PrefixTuning: prefix.to_peft,
+    PromptTuning: prompts.to_peft,
+    Stack: tokens.stack_to_peft,
+    TrainableTokens: tokens.to_peft,
+    VeRA: vera.to_peft,
 }
 _READERS: dict[str, Callable[[Config, Tensors, nn.Module, str], Contents]] = {
-    "ADALORA": hf_adalora.from_peft,
-    "IA3": hf_ia3.from_peft,
-    "LN_TUNING": hf_in_place.norms_from_peft,
-    "LORA": hf_lora.from_peft,
-    "PREFIX_TUNING": hf_prefix.from_peft,
-    "PROMPT_TUNING": hf_prompts.from_peft,
-    "P_TUNING": hf_prompts.from_peft,
-    "TRAINABLE_TOKENS": hf_tokens.from_peft,
-    "VERA": hf_vera.from_peft,
+    "ADALORA": adalora.from_peft,
+    "IA3": ia3.from_peft,
+    "LN_TUNING": in_place.norms_from_peft,
+    "LORA": lora_type.from_peft,
+    "PREFIX_TUNING": prefix.from_peft,
+    "PROMPT_TUNING": prompts.from_peft,
+    "P_TUNING": prompts.from_peft,
+    "TRAINABLE_TOKENS": tokens.from_peft,
+    "VERA": vera.from_peft,
 }
 
 # What the record beside HF PEFT's files changes about what they say.
 _AS_RECORDED: dict[type[PEFTStrategy], Callable[[Contents, Mapping[str, Any], nn.Module, str], Contents]] = {
-    PrefixTuning: hf_prefix.as_recorded,
-    PromptTuning: hf_prompts.as_recorded,
+    PrefixTuning: prefix.as_recorded,
+    PromptTuning: prompts.as_recorded,
 }
 
 

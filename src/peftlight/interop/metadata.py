@@ -12,8 +12,8 @@ from peftlight import __version__
 from peftlight.errors import UserError
 from peftlight.interop.base_hash import Fingerprint, fingerprint
 from peftlight.interop.contents import Tensors
-from peftlight.interop.hf_frame import base_name
-from peftlight.interop.hf_targets import task_of
+from peftlight.interop.hf.frame import base_name
+from peftlight.interop.hf.targets import task_of
 from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import spec_of
 from peftlight.typed import fits, kind_of

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftlight.errors import UserError, listed
-from peftlight.files import write_atomically
+from peftlight.files import as_os_error, write_atomically
 from peftlight.interop.contents import Tensors
 
 TENSORS = "adapter_model.safetensors"
@@ -61,9 +61,8 @@ def save_tensors(tensors: Tensors, path: Path) -> None:
     try:
         save_file(_apart(tensors), path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
-        number = str(error).rpartition("os error ")[2].rstrip(")")
-        code = int(number) if number.isdecimal() else 0
-        raise OSError(code, os.strerror(code) if code else str(error)) from error
+        cause = as_os_error(error)
+        raise cause if isinstance(cause, OSError) else OSError(0, str(error)) from error
     path.chmod(mode)  # safetensors gives its files to their owner alone
     flush_to_disk(path)
 

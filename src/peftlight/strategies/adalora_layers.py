@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlight.delta import Base, Delta
+from peftlight.delta import Base, Delta, Factors
 from peftlight.strategy import Adapter
 
 
@@ -36,8 +36,8 @@ class SVDLinear(Delta):
         update = F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A * self.E), self.B) * self.scale
         return (y + update).to(y.dtype)
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + (self.B @ (self.A * self.E) * self.scale).to(weight), bias
+    def factors(self) -> Factors | None:
+        return self.A * self.E, self.B * self.scale
 
     def rank(self) -> Tensor:
         """The number of singular values, as a scalar."""

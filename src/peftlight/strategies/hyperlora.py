@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlight.delta import Base, Delta
+from peftlight.delta import Base, Delta, Factors
 from peftlight.errors import UserError
 from peftlight.paths import leaf_of, place_of
 from peftlight.strategies.lora import LoRA
@@ -116,9 +116,9 @@ class WrittenLoRA(Delta):
         a, b = self.network(self.layer, self.kind)
         return (y + F.linear(F.linear(self.dropout(x.to(a.dtype)), a) * self.scale, b)).to(y.dtype)
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def factors(self) -> Factors | None:
         a, b = self.network(self.layer, self.kind)
-        return weight + self.scale * (b @ a).to(weight), bias
+        return a, b * self.scale
 
     @torch.no_grad()
     def finished(self) -> Delta:

@@ -20,14 +20,14 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from peftlight.delta import Delta
+from peftlight.delta import Delta, Factors
 from peftlight.errors import UserError, listed, nearest
 from peftlight.linear import is_linear
 from peftlight.paths import own_parameters
 from peftlight.strategies.lora_dora import ConvDoRA, EmbeddingDoRA, LinearDoRA
 from peftlight.strategies.lora_eva import EvaLoRA, settle
 from peftlight.strategies.lora_layers import ConvLoRA, EmbeddingLoRA, LinearLoRA, largest_rank, matrix_shapes
-from peftlight.strategies.lora_start import DifferenceLoRA, Factors, start_from
+from peftlight.strategies.lora_start import DifferenceLoRA, start_from
 from peftlight.strategy import Adapter, Material, PEFTStrategy
 from peftlight.targets import check_patterns, chosen, matching, pattern_value
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlight.delta import Base
+from peftlight.delta import Base, Factors, with_product
 from peftlight.linear import weight_of
 from peftlight.strategies.lora_layers import ConvLoRA, EmbeddingLoRA, LinearLoRA, convolved_twice
 
@@ -49,8 +49,10 @@ class LinearDoRA(LinearLoRA):
         return (y + (factor - 1) * own + update).to(y.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        changed, _ = super().fold(weight, bias)
-        return _with_norms(changed, self.m), bias
+        return _with_norms(_changed(weight, super().factors()), self.m), bias
+
+    def factors(self) -> None:
+        return None
 
 
 class ConvDoRA(ConvLoRA):
@@ -81,8 +83,10 @@ class ConvDoRA(ConvLoRA):
         return (y + (factor - 1) * own + update).to(y.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        changed, _ = super().fold(weight, bias)
-        return _with_norms(changed, self.m), bias
+        return _with_norms(_changed(weight, super().factors()), self.m), bias
+
+    def factors(self) -> None:
+        return None
 
 
 class EmbeddingDoRA(EmbeddingLoRA):
@@ -102,8 +106,10 @@ class EmbeddingDoRA(EmbeddingLoRA):
         return (y + (factor - 1) * own + update).to(y.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        changed, _ = super().fold(weight, bias)
-        return _with_norms(changed.T, self.m).T, bias
+        return _with_norms(_changed(weight, super().factors()).T, self.m).T, bias
+
+    def factors(self) -> None:
+        return None
 
 
 @torch.no_grad()
@@ -145,6 +151,12 @@ def _own_output(base: Base, y: Tensor, x: Tensor, dropping: bool) -> Tensor:
     else:
         own = type(base.module).forward(base.module, x)
     return own
+
+
+def _changed(weight: Tensor, factors: Factors | None) -> Tensor:
+    """V = W + s B A."""
+    assert factors is not None  # a convolution of several groups takes no DoRA
+    return with_product(weight, factors)
 
 
 def _with_norms(weight: Tensor, m: Tensor) -> Tensor:

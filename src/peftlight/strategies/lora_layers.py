@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlight.delta import Base, Delta
+from peftlight.delta import Base, Delta, Factors
 from peftlight.errors import UserError
 from peftlight.linear import is_linear, widths
 
@@ -45,9 +45,8 @@ class LinearLoRA(Delta):
         inner = F.linear(self.dropout(x.to(self.A.dtype)), self.A) * self.scale
         return (y + F.linear(inner, self.B)).to(y.dtype)
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        product = self.B.flatten(1).to(weight.dtype) @ self.A.flatten(1).to(weight.dtype)
-        return weight + self.scale * product.view(weight.shape), bias
+    def factors(self) -> Factors | None:
+        return self.A.flatten(1), self.B.flatten(1) * self.scale
 
 
 class ConvLoRA(LinearLoRA):
@@ -59,12 +58,18 @@ class ConvLoRA(LinearLoRA):
         return (y + update * self.scale).to(y.dtype)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        groups = self.A.shape[0] // self.B.shape[1]
-        if groups > 1:
+        if self._groups > 1:
             raise UserError(
-                f"a convolution of {groups} groups cannot hold the update, in which every output sees all inputs."
+                f"a convolution of {self._groups} groups cannot hold the update, in which every output sees all inputs."
             )
         return super().fold(weight, bias)
+
+    def factors(self) -> Factors | None:
+        return super().factors() if self._groups == 1 else None
+
+    @property
+    def _groups(self) -> int:
+        return self.A.shape[0] // self.B.shape[1]
 
 
 class EmbeddingLoRA(Delta):
@@ -90,8 +95,8 @@ class EmbeddingLoRA(Delta):
         scale = self.scale * getattr(table, "embed_scale", 1.0)
         return F.embedding(x, self.A.T, table.padding_idx) * scale
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * (self.B @ self.A).T.to(weight.dtype), bias
+    def factors(self) -> Factors | None:
+        return self.B.T, self.A.T * self.scale
 
 
 def largest_rank(module: nn.Module) -> int:

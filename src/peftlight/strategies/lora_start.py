@@ -11,12 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlight.delta import Base
+from peftlight.delta import Base, Factors
 from peftlight.linear import weight_of, widths
 from peftlight.strategies.lora_layers import LinearLoRA, plain_lora
-
-Factors = tuple[Tensor, Tensor]
-"""A (rank, in) and B (out, rank)."""
 
 
 class DifferenceLoRA(LinearLoRA):
@@ -50,8 +47,8 @@ class DifferenceLoRA(LinearLoRA):
         A, B = self._as_one()
         return (y + F.linear(F.linear(inputs, A) * self.scale, B)).to(y.dtype)
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.finished().fold(weight, bias)
+    def factors(self) -> Factors | None:
+        return self.finished().factors()
 
     def finished(self) -> LinearLoRA:
         return plain_lora(*self._as_one(), self.scale, getattr(self.dropout, "p", 0.0))

@@ -58,6 +58,11 @@ def later_positions(model: nn.Module, by: int) -> tuple[str, Delta]:
             f"compat: peft cannot serve this {type(model).__name__}: HF PEFT puts the prefix into the cache of keys "
             "and values, and it has none. Leave compat out."
         )
+    if getattr(getattr(model, "config", None), "sliding_window", None) is not None:
+        raise UserError(
+            f"compat: peft cannot serve this {type(model).__name__}: its attention has a sliding window, out of which "
+            "HF PEFT's prefix slides in long rows. Leave compat out: then every token sees the prefix."
+        )
     paths = {module: name for name, module in model.named_modules()}
     site = next((module for module in paths if "past_key_values_length" in _inputs(module)), backbone)
     if "position_ids" not in _inputs(site):

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from peftlight.delta import Base, Delta, nested
+from peftlight.delta import Base, Delta, Factors, nested
 from peftlight.errors import UserError
 from peftlight.strategy import Adapter, Material, PEFTStrategy
 
@@ -126,6 +127,13 @@ class Layers(Delta):
                 )
             weight, bias = delta.fold(weight, bias)
         return weight, bias
+
+    def factors(self) -> Factors | None:
+        found = [delta.factors() for delta in self.deltas.values()]
+        products = [factors for factors in found if factors is not None]
+        if len(products) < len(found):
+            return None
+        return torch.cat([A for A, _ in products]), torch.cat([B for _, B in products], dim=1)
 
     def finished(self) -> Delta:
         return Layers({name: delta.finished() for name, delta in self.deltas.items()})

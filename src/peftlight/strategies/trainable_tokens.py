@@ -109,3 +109,6 @@ class TiedRows(Delta):
             x.to(self.rows.values.dtype), self.rows.values, None if bias is None else bias[self.rows.indices]
         )
         return y.index_copy(-1, self.rows.indices, own.to(y.dtype))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight.index_copy(0, self.rows.indices, self.rows.values.to(weight)), bias

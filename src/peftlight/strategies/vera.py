@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlight.delta import Base, Delta
+from peftlight.delta import Base, Delta, Factors
 from peftlight.errors import UserError
 from peftlight.linear import widths
 from peftlight.strategy import PEFTStrategy
@@ -91,7 +91,6 @@ class VeRADelta(Delta):
         inner = F.linear(self.dropout(x.to(self.lambda_d.dtype)), self.shared.A[:, : self.inputs]) * self.lambda_d
         return (y + F.linear(inner, self.shared.B[: self.outputs]) * self.lambda_b).to(y.dtype)
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        inner = self.lambda_d[:, None] * self.shared.A[:, : self.inputs]
-        update = self.lambda_b[:, None] * (self.shared.B[: self.outputs] @ inner)
-        return weight + update.to(weight), bias
+    def factors(self) -> Factors | None:
+        outer = self.lambda_b[:, None] * self.shared.B[: self.outputs]
+        return self.lambda_d[:, None] * self.shared.A[:, : self.inputs], outer

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from peftlight.interop import hf_in_place, hf_peft, hf_renames, hf_tokens
 from peftlight.interop.contents import Config, Contents, Tensors
+from peftlight.interop.hf import in_place, lora, renames, tokens
 
 
 def from_peft(config: Config, tensors: Tensors, model: nn.Module, name: str = "default") -> Contents:
@@ -12,9 +12,9 @@ def from_peft(config: Config, tensors: Tensors, model: nn.Module, name: str = "d
     Raises:
         UserError: the files use what is not supported here, or do not fit the model; the message lists everything.
     """
-    config, tensors = hf_renames.translated(config, tensors, model)
+    config, tensors = renames.translated(config, tensors, model)
     if config.get("trainable_token_indices"):
-        return hf_tokens.with_lora_from_peft(config, tensors, model, name)
-    if hf_in_place.holds_bitfit(config, tensors, model):
-        return hf_in_place.bitfit_from_peft(config, tensors, model, name)
-    return hf_peft.from_peft(config, tensors, model, name)
+        return tokens.with_lora_from_peft(config, tensors, model, name)
+    if in_place.holds_bitfit(config, tensors, model):
+        return in_place.bitfit_from_peft(config, tensors, model, name)
+    return lora.from_peft(config, tensors, model, name)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from peftlight.delta import CHILD
 from peftlight.errors import UserError, nearest
-from peftlight.interop import hf_config, hf_frame, hf_renames, own_format
+from peftlight.interop import own_format
 from peftlight.interop.contents import Config, Tensors
-from peftlight.interop.hf_checks import Found, heads_of, plain_state
-from peftlight.interop.hf_targets import paths_of, task_of, wrapped
+from peftlight.interop.hf import config_fields, frame, renames
+from peftlight.interop.hf.checks import Found, heads_of, plain_state
+from peftlight.interop.hf.targets import paths_of, task_of, wrapped
 from peftlight.strategies.prefix import PrefixTuning
 from peftlight.strategies.prompt import PromptTuning
 from peftlight.strategy import Adapter
@@ -67,7 +68,7 @@ def submodules(task: str | None) -> int:
 
 def written(adapter: Adapter, kind: str, table: Tensor, sizes: Config) -> tuple[Config, Tensors]:
     """The config and the tensors of an adapter of the type `kind`, with its table, its `sizes` and its heads."""
-    config, heads = hf_frame.written(adapter, {})
+    config, heads = frame.written(adapter, {})
     task, base = task_for(adapter.model), getattr(adapter.model, "config", None)
     config |= {
         "peft_type": kind,
@@ -78,7 +79,7 @@ def written(adapter: Adapter, kind: str, table: Tensor, sizes: Config) -> tuple[
         **sizes,
     }
     del config["target_modules"]
-    renamed = {_PREFIX + key.removeprefix(hf_frame.PREFIX): value for key, value in heads.items()}
+    renamed = {_PREFIX + key.removeprefix(frame.PREFIX): value for key, value in heads.items()}
     return config, {_TABLE: table, **renamed}
 
 
@@ -97,7 +98,7 @@ def read(config: Config, tensors: Tensors, model: nn.Module, hints: Hints, stack
     if table is None or table.dim() != 2 or not table.is_floating_point():
         found = "none" if table is None else f"one of shape {tuple(table.shape)} and {table.dtype}"
         raise UserError(f"It needs a tensor {_TABLE!r} with two dimensions and floating-point numbers; it has {found}.")
-    heads, state, problems = _heads(config, tensors, model, hf_frame.implied(task))
+    heads, state, problems = _heads(config, tensors, model, frame.implied(task))
     problems += differing(config, {"num_transformer_submodules": submodules(task)})
     if len(table) != count * stacks:
         rows = f"{_TABLE} has {len(table)} rows; {count} virtual tokens need {count * stacks} in this model"
@@ -164,15 +165,15 @@ def _heads(
 ) -> tuple[list[str], Tensors, list[str]]:
     """The modules trained whole, their tensors, and what is wrong with them; HF PEFT wants the implied in any case."""
     found, base = Found(), model.state_dict()
-    others = {hf_frame.PREFIX + key.removeprefix(_PREFIX): value for key, value in tensors.items() if key != _TABLE}
-    config, others = hf_renames.translated(config, others, model)
+    others = {frame.PREFIX + key.removeprefix(_PREFIX): value for key, value in tensors.items() if key != _TABLE}
+    config, others = renames.translated(config, others, model)
     for key, value in others.items():
-        path = key.removeprefix(hf_frame.PREFIX)
+        path = key.removeprefix(frame.PREFIX)
         if path in base and CHILD not in path.split("."):
             found.plain[path] = value
         else:
             found.unknown.append(f"unexpected: {_PREFIX}{path}, for which the model has no place")
-    heads = heads_of((), hf_config.names(config, "modules_to_save"), implied, found, model)
+    heads = heads_of((), config_fields.names(config, "modules_to_save"), implied, found, model)
     state, problems = plain_state((), heads, found, model)
     inside = tuple(f"{head}." for head in wrapped(implied, paths_of(model, tied_twice=True)))
     lost = [key for key in base if inside and key.startswith(inside) and key not in found.plain]

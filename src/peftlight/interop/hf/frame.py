@@ -12,10 +12,10 @@ from torch import nn
 
 from peftlight.delta import CHILD
 from peftlight.errors import UserError, listed
-from peftlight.interop import hf_config
 from peftlight.interop.contents import Config, Contents, Tensors
-from peftlight.interop.hf_checks import Found, heads_of, missing_sites, plain_state
-from peftlight.interop.hf_targets import HEADS_OF_TASK, paths_of, targets_for, task_of, wrapped
+from peftlight.interop.hf import config_fields
+from peftlight.interop.hf.checks import Found, heads_of, missing_sites, plain_state
+from peftlight.interop.hf.targets import HEADS_OF_TASK, paths_of, targets_for, task_of, wrapped
 from peftlight.linear import is_conv1d
 from peftlight.paths import first_names, inside
 from peftlight.strategy import Adapter, PEFTStrategy
@@ -46,7 +46,7 @@ def written(adapter: Adapter, placed: Mapping[str, Tensors]) -> tuple[Config, Te
             f"HF PEFT trains all of {listed(whole)} whole, so {listed(crossed)} in it can have no adapter there."
         )
     config = {
-        "peft_version": hf_config.PEFT_VERSION,
+        "peft_version": config_fields.PEFT_VERSION,
         "inference_mode": True,
         "task_type": task,
         "base_model_name_or_path": base_name(model),
@@ -63,7 +63,7 @@ def found_in(config: Config, tensors: Tensors, model: nn.Module, parts: Mapping[
     Raises:
         UserError: the config's common fields hold values of the wrong kind, or no tensor is one of the method's.
     """
-    hf_config.check_kinds(config)
+    config_fields.check_kinds(config)
     found, base, modules = Found(), model.state_dict(), set(paths_of(model, tied_twice=True))
     for key, value in tensors.items():
         path = key.removeprefix(PREFIX)
@@ -84,7 +84,7 @@ def found_in(config: Config, tensors: Tensors, model: nn.Module, parts: Mapping[
 
 def targets_of(config: Config, found: Found, model: nn.Module) -> str | list[str]:
     """`target_modules` for a strategy of ours that changes exactly the modules that the file holds."""
-    return targets_for(found.matrices, paths_of(model), hf_config.names(config, "modules_to_save"))
+    return targets_for(found.matrices, paths_of(model), config_fields.names(config, "modules_to_save"))
 
 
 def contents(
@@ -129,7 +129,7 @@ def checked(
     Raises:
         UserError: the file does not fit; the message lists everything.
     """
-    entries, by_task = hf_config.names(config, "modules_to_save"), implied(config.get("task_type"))
+    entries, by_task = config_fields.names(config, "modules_to_save"), implied(config.get("task_type"))
     heads = heads_of(biases, entries, by_task, found, model)
     whole = {**config, "modules_to_save": [*entries, *by_task]}
     state, more = plain_state(biases, heads, found, model)
@@ -162,8 +162,8 @@ def heads_of_config(config: Config, model: nn.Module) -> list[str]:
     Raises:
         UserError: the config's common fields hold values of the wrong kind.
     """
-    hf_config.check_kinds(config)
-    entries = [*hf_config.names(config, "modules_to_save"), *implied(config.get("task_type"))]
+    config_fields.check_kinds(config)
+    entries = [*config_fields.names(config, "modules_to_save"), *implied(config.get("task_type"))]
     return wrapped(entries, paths_of(model, tied_twice=True))
 
 

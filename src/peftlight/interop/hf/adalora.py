@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 
 from peftlight.errors import UserError
-from peftlight.interop import hf_frame, hf_renames
 from peftlight.interop.contents import Config, Contents, Tensors
-from peftlight.interop.hf_checks import Shapes, misshapen
-from peftlight.interop.hf_config import check_fields, number
+from peftlight.interop.hf import frame, renames
+from peftlight.interop.hf.checks import Shapes, misshapen
+from peftlight.interop.hf.config_fields import check_fields, number
 from peftlight.linear import is_linear, widths
 from peftlight.strategies.adalora import AdaLoRA
 from peftlight.strategy import Adapter
@@ -46,8 +46,8 @@ def to_peft(adapter: Adapter) -> tuple[Config, Tensors]:
         site: {theirs: delta.get_parameter(ours).detach() for ours, theirs in _MATRICES.items()}
         for site, delta in adapter.sites.items()
     }
-    config, tensors = hf_frame.written(adapter, placed)
-    config |= {"peft_type": "ADALORA", "bias": "none", "fan_in_fan_out": hf_frame.transposed(adapter)}
+    config, tensors = frame.written(adapter, placed)
+    config |= {"peft_type": "ADALORA", "bias": "none", "fan_in_fan_out": frame.transposed(adapter)}
     config |= {theirs: getattr(strategy, ours) for theirs, ours in _SAME.items()}
     return config | _SCHEDULE | {"r": 8, "rank_pattern": _flags(strategy)}, tensors
 
@@ -58,17 +58,17 @@ def from_peft(config: Config, tensors: Tensors, model: nn.Module, name: str = "d
     Raises:
         UserError: the files use what is not supported here, or do not fit the model; the message lists everything.
     """
-    config, tensors = hf_renames.translated(config, tensors, model)
+    config, tensors = renames.translated(config, tensors, model)
     if config.get("bias", "none") != "none":
         raise UserError(f"bias is {config['bias']!r}; AdaLoRA trains no biases here.")
     check_fields(config, {*_SAME, *_OTHERS})
     fields: dict[str, Any] = {ours: number(config, theirs, _DEFAULTS[theirs]) for theirs, ours in _SAME.items()}
-    found = hf_frame.found_in(config, tensors, model, {theirs: ours for ours, theirs in _MATRICES.items()})
+    found = frame.found_in(config, tensors, model, {theirs: ours for ours, theirs in _MATRICES.items()})
     expected = _ranks(config, found.matrices, int(fields["init_r"]))
     problems = misshapen(found, model, _MATRICES, lambda site, module: _shapes(module, expected[site]))
     ranks = {site: len(matrices.get("A", ())) for site, matrices in found.matrices.items()}
-    strategy = AdaLoRA(**fields, target_modules=hf_frame.targets_of(config, found, model), final_ranks=ranks)
-    return hf_frame.contents(config, strategy, found, model, name, _MATRICES, problems)
+    strategy = AdaLoRA(**fields, target_modules=frame.targets_of(config, found, model), final_ranks=ranks)
+    return frame.contents(config, strategy, found, model, name, _MATRICES, problems)
 
 
 def _flags(strategy: AdaLoRA) -> dict[str, list[bool]] | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peftlight.delta import CHILD
 from peftlight.errors import UserError, listed
 from peftlight.interop.contents import Config, Tensors
-from peftlight.interop.hf_targets import HEADS_OF_TASK, paths_of, selected, wrapped
+from peftlight.interop.hf.targets import HEADS_OF_TASK, paths_of, selected, wrapped
 from peftlight.paths import first_names
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -15,7 +15,7 @@ from torch import nn
 from peftlight.delta import CHILD
 from peftlight.interop import own_format
 from peftlight.interop.contents import Config, Contents, Tensors
-from peftlight.interop.hf_prompt_learning import (
+from peftlight.interop.hf.prompt_learning import (
     Hints,
     check,
     differing,

@@ -17,7 +17,7 @@ from peftlight.delta import CHILD, Delta
 from peftlight.errors import UserError
 from peftlight.interop import own_format
 from peftlight.interop.contents import Config, Contents, Tensors
-from peftlight.interop.hf_prompt_learning import Hints, check, differing, read, recorded_beside, task_for, written
+from peftlight.interop.hf.prompt_learning import Hints, check, differing, read, recorded_beside, task_for, written
 from peftlight.strategies.prefix import PrefixTuning
 from peftlight.strategies.prefix_as_peft import DecoderPrefix, order_in_t5
 from peftlight.strategies.prefix_layers import Prefix, PrefixDelta

@@ -7,9 +7,9 @@ from torch import nn
 
 from peftlight.delta import Delta
 from peftlight.errors import UserError, listed
-from peftlight.interop import hf_config, hf_frame
 from peftlight.interop.contents import Config, Contents, Tensors
-from peftlight.interop.hf_checks import Found, Shapes, misshapen
+from peftlight.interop.hf import config_fields, frame
+from peftlight.interop.hf.checks import Found, Shapes, misshapen
 from peftlight.linear import is_linear, widths
 from peftlight.paths import inside, own_modules, own_parameters
 from peftlight.strategies.lora import FROM_WEIGHT, LoRA
@@ -48,11 +48,11 @@ def to_peft(adapter: Adapter) -> tuple[Config, Tensors]:
         site: {theirs: delta.get_parameter(ours).detach() for ours, theirs in _MATRICES[type(delta)].items()}
         for site, delta in sites.items()
     }
-    config, tensors = hf_frame.written(adapter, placed)
+    config, tensors = frame.written(adapter, placed)
     ranks = {site: len(delta.get_parameter("A")) for site, delta in sites.items()}
     alphas = {site: pattern_value(strategy.alpha_pattern, site, strategy.alpha) for site in ranks}
-    config |= hf_config.written(strategy, ranks, alphas)
-    return config | {"fan_in_fan_out": hf_frame.transposed(adapter)}, tensors
+    config |= config_fields.written(strategy, ranks, alphas)
+    return config | {"fan_in_fan_out": frame.transposed(adapter)}, tensors
 
 
 def from_peft(
@@ -65,15 +65,15 @@ def from_peft(
     Raises:
         UserError: the files use what is not supported here, or do not fit the model; the message lists everything.
     """
-    hf_config.check_supported(config)
+    config_fields.check_supported(config)
     needed = _PAIR | (_NORMS if config.get("use_dora") is True else {})
     parts = {theirs: ours for ours, theirs in [*needed.items(), *_TABLES.items()]}
-    found = hf_frame.found_in(config, tensors, model, parts)
-    strategy = hf_config.recipe(config, found.matrices, hf_frame.targets_of(config, found, model))
+    found = frame.found_in(config, tensors, model, parts)
+    strategy = config_fields.recipe(config, found.matrices, frame.targets_of(config, found, model))
     short = {ours: _SHORT[ours] for ours in needed}
     problems = misshapen(found, model, short, lambda site, module: _shapes(strategy, site, module))
     biases = _biases(strategy, found, model) if biases is None else biases
-    contents = hf_frame.contents(config, strategy, found, model, name, short, problems, biases)
+    contents = frame.contents(config, strategy, found, model, name, short, problems, biases)
     if strategy.init_lora_weights in FROM_WEIGHT:
         contents.state.update(_starts(strategy, found, model, name))
     return contents
@@ -84,7 +84,7 @@ def empty(adapter: Adapter) -> dict[str, Delta]:
 
     There is none where the model has no such layer.
     """
-    model, whole = adapter.model, hf_frame.copied_whole(adapter)
+    model, whole = adapter.model, frame.copied_whole(adapter)
     for site, module in own_modules(model):
         above = model.get_submodule(site.rpartition(".")[0])
         if is_linear(module) and not inside(site, whole) and not isinstance(above, nn.MultiheadAttention):
@@ -104,7 +104,7 @@ def _starts(strategy: LoRA, found: Found, model: nn.Module, name: str) -> Tensor
     starts: Tensors = {}
     for site in found.matrices:
         A0, B0 = strategy.start_at(site, model.get_submodule(site))
-        starts |= {hf_frame.key_of(site, name, "A0"): A0, hf_frame.key_of(site, name, "B0"): B0}
+        starts |= {frame.key_of(site, name, "A0"): A0, frame.key_of(site, name, "B0"): B0}
     return starts
 
 

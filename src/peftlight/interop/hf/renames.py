@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from peftlight.interop.contents import Config, Tensors
-from peftlight.interop.hf_config import check_feed_forward, check_kinds, check_pattern, names
-from peftlight.interop.hf_frame import PREFIX
-from peftlight.interop.hf_targets import is_feed_forward, paths_of, selected, wrapped
+from peftlight.interop.hf.config_fields import check_feed_forward, check_kinds, check_pattern, names
+from peftlight.interop.hf.frame import PREFIX
+from peftlight.interop.hf.targets import is_feed_forward, paths_of, selected, wrapped
 from peftlight.paths import at_end
 
 _Rules = tuple[tuple[str, str], ...]

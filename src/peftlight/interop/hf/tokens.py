@@ -13,11 +13,12 @@ from torch import nn
 
 from peftlight.delta import CHILD, Delta
 from peftlight.errors import UserError, listed
-from peftlight.interop import hf_frame, hf_peft, hf_renames, own_format
+from peftlight.interop import own_format
 from peftlight.interop.contents import Config, Contents, Tensors
-from peftlight.interop.hf_checks import Found
-from peftlight.interop.hf_config import check_fields
-from peftlight.interop.hf_targets import paths_of, wrapped
+from peftlight.interop.hf import frame, lora, renames
+from peftlight.interop.hf.checks import Found
+from peftlight.interop.hf.config_fields import check_fields
+from peftlight.interop.hf.targets import paths_of, wrapped
 from peftlight.strategies.lora import LoRA
 from peftlight.strategies.stack import Stack
 from peftlight.strategies.trainable_tokens import Rows, TiedRows, TokenRows, TrainableTokens
@@ -36,17 +37,17 @@ def to_peft(adapter: Adapter) -> tuple[Config, Tensors]:
     """
     strategy = adapter.strategy
     assert isinstance(strategy, TrainableTokens)
-    carrier = replace(adapter, strategy=LoRA(rank=1, alpha=1), sites=hf_peft.empty(adapter))
-    whole = hf_frame.copied_whole(adapter)
+    carrier = replace(adapter, strategy=LoRA(rank=1, alpha=1), sites=lora.empty(adapter))
+    whole = frame.copied_whole(adapter)
     if not _ties_are_theirs(adapter.sites, adapter.model) or (whole and not carrier.sites):
         return own_format.to_own(adapter)
     if whole:
         return _beside(carrier, adapter.sites, strategy)
     placed = {site: {_ALONE: rows.values.detach()} for site, rows in _first_sites(adapter.sites).items()}
-    config, tensors = hf_frame.written(adapter, placed)
+    config, tensors = frame.written(adapter, placed)
     del config["modules_to_save"]
     for site, delta in adapter.sites.items():
-        tensors[f"{hf_frame.PREFIX}{site}.{_ALONE}"] = _rows(delta).values.detach()
+        tensors[f"{frame.PREFIX}{site}.{_ALONE}"] = _rows(delta).values.detach()
     return config | {"peft_type": "TRAINABLE_TOKENS", "token_indices": strategy.token_indices}, tensors
 
 
@@ -72,13 +73,13 @@ def from_peft(config: Config, tensors: Tensors, model: nn.Module, name: str = "d
     Raises:
         UserError: the files use what is not supported here, or do not fit the model; the message lists everything.
     """
-    config, tensors = hf_renames.translated(config, tensors, model)
+    config, tensors = renames.translated(config, tensors, model)
     check_fields(config, {"token_indices", "init_weights"})
-    found = hf_frame.found_in(config, tensors, model, {_ALONE: "values"})
+    found = frame.found_in(config, tensors, model, {_ALONE: "values"})
     strategy = _strategy(_indices("token_indices", config.get("token_indices")), found, model)
     sites = dict(strategy.deltas(model))
     problems = [*_misfits(found, sites), *(f"missing: {_ALONE} of {site}" for site in sites.keys() - found.matrices)]
-    heads, state = hf_frame.checked(config, found, model, {"values": _ALONE}, problems)
+    heads, state = frame.checked(config, found, model, {"values": _ALONE}, problems)
     return Contents(strategy, heads, state | _state(sites, found, f"{name}.rows.values"))
 
 
@@ -92,8 +93,8 @@ def with_lora_from_peft(config: Config, tensors: Tensors, model: nn.Module, name
     if not own:
         raise UserError(f"{_FIELD} is {config[_FIELD]!r}, but the file has no rows for these tokens.")
     rest = {key: value for key, value in tensors.items() if key not in own}
-    lora = hf_peft.from_peft({key: value for key, value in config.items() if key != _FIELD}, rest, model, name)
-    found = hf_frame.found_in(config, own, model, {_BESIDE_LORA: "values"})
+    carrier = lora.from_peft({key: value for key, value in config.items() if key != _FIELD}, rest, model, name)
+    found = frame.found_in(config, own, model, {_BESIDE_LORA: "values"})
     indices, tables = _tables(config[_FIELD])
     strategy = _strategy(indices, found, model)
     sites = dict(strategy.deltas(model))
@@ -102,19 +103,19 @@ def with_lora_from_peft(config: Config, tensors: Tensors, model: nn.Module, name
     problems += [f"{_FIELD} names {table}, which is not there" for table in tables if not wrapped([table], named)]
     if problems + found.unknown:
         raise UserError(f"It does not fit this {type(model).__name__}:\n  " + "\n  ".join(problems + found.unknown))
-    if hf_peft.is_empty(rest) and config.get("bias", "none") == "none":
-        base = {key: value for key, value in lora.state.items() if CHILD not in key.split(".")}
-        return Contents(strategy, lora.modules_to_train, base | _state(sites, found, f"{name}.rows.values"))
+    if lora.is_empty(rest) and config.get("bias", "none") == "none":
+        base = {key: value for key, value in carrier.state.items() if CHILD not in key.split(".")}
+        return Contents(strategy, carrier.modules_to_train, base | _state(sites, found, f"{name}.rows.values"))
     old, new = f".{CHILD}.{name}.", f".{CHILD}.{name}.0."
-    state = {key.replace(old, new, 1): value for key, value in lora.state.items()}
+    state = {key.replace(old, new, 1): value for key, value in carrier.state.items()}
     state |= _state(sites, found, f"{name}.1.rows.values")
-    return Contents(Stack([lora.strategy, strategy]), lora.modules_to_train, state)
+    return Contents(Stack([carrier.strategy, strategy]), carrier.modules_to_train, state)
 
 
-def _beside(lora: Adapter, sites: Mapping[str, Delta], tokens: TrainableTokens) -> tuple[Config, Tensors]:
-    config, tensors = hf_peft.to_peft(lora)
+def _beside(carrier: Adapter, sites: Mapping[str, Delta], tokens: TrainableTokens) -> tuple[Config, Tensors]:
+    config, tensors = lora.to_peft(carrier)
     first = _first_sites(sites)
-    tensors |= {f"{hf_frame.PREFIX}{site}.{_BESIDE_LORA}": rows.values.detach() for site, rows in first.items()}
+    tensors |= {f"{frame.PREFIX}{site}.{_BESIDE_LORA}": rows.values.detach() for site, rows in first.items()}
     return config | {_FIELD: dict.fromkeys(first, tokens.token_indices)}, tensors
 
 

@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from peftlight.errors import UserError
-from peftlight.interop import hf_frame, hf_renames
 from peftlight.interop.contents import Config, Contents, Tensors
-from peftlight.interop.hf_checks import Shapes, misshapen
-from peftlight.interop.hf_config import check_fields, number, switch
+from peftlight.interop.hf import frame, renames
+from peftlight.interop.hf.checks import Shapes, misshapen
+from peftlight.interop.hf.config_fields import check_fields, number, switch
 from peftlight.linear import is_linear, widths
 from peftlight.strategies.vera import VeRA, VeRADelta
 from peftlight.strategy import Adapter
@@ -31,7 +31,7 @@ def to_peft(adapter: Adapter) -> tuple[Config, Tensors]:
         site: {theirs: delta.get_parameter(ours).detach() for ours, theirs in _VECTORS.items()}
         for site, delta in adapter.sites.items()
     }
-    config, tensors = hf_frame.written(adapter, placed)
+    config, tensors = frame.written(adapter, placed)
     if strategy.save_projection:
         delta = next(iter(adapter.sites.values()))
         assert isinstance(delta, VeRADelta)
@@ -44,7 +44,7 @@ def to_peft(adapter: Adapter) -> tuple[Config, Tensors]:
         "bias": "none",
         "projection_prng_key": strategy.projection_seed,
         "save_projection": strategy.save_projection,
-        "fan_in_fan_out": hf_frame.transposed(adapter),
+        "fan_in_fan_out": frame.transposed(adapter),
     }, tensors
 
 
@@ -56,28 +56,28 @@ def from_peft(config: Config, tensors: Tensors, model: nn.Module, name: str = "d
     Raises:
         UserError: the files use what is not supported here, or do not fit the model; the message lists everything.
     """
-    config, tensors = hf_renames.translated(config, tensors, model)
+    config, tensors = renames.translated(config, tensors, model)
     check_fields(config, _FIELDS)
     if config.get("bias", "none") != "none":
         raise UserError(f"bias is {config['bias']!r}; VeRA trains no biases here.")
     rank, saved = number(config, "r", 256, int), switch(config, "save_projection", default=True)
     shared = {ours: tensors[theirs] for ours, theirs in _SHARED.items() if saved and theirs in tensors}
     rest = {key: value for key, value in tensors.items() if not (saved and key in _SHARED.values())}
-    found = hf_frame.found_in(config, rest, model, {theirs: ours for ours, theirs in _VECTORS.items()})
+    found = frame.found_in(config, rest, model, {theirs: ours for ours, theirs in _VECTORS.items()})
     strategy = VeRA(
         rank=rank,
         d_initial=float(number(config, "d_initial", 0.1)),
         dropout=float(number(config, "vera_dropout", 0.0)),
-        target_modules=hf_frame.targets_of(config, found, model),
+        target_modules=frame.targets_of(config, found, model),
         projection_seed=number(config, "projection_prng_key", 0, int),
         save_projection=saved,
     )
     problems = misshapen(found, model, _VECTORS, lambda _, module: _shapes(module, rank))
     if saved and not problems:
         problems = _wrong_projections(shared, [model.get_submodule(site) for site in found.matrices], rank)
-    contents = hf_frame.contents(config, strategy, found, model, name, _VECTORS, problems)
+    contents = frame.contents(config, strategy, found, model, name, _VECTORS, problems)
     first = next(path for path, _ in model.named_modules() if path in found.matrices)  # it stands for all that share
-    contents.state.update({hf_frame.key_of(first, name, f"shared.{ours}"): value for ours, value in shared.items()})
+    contents.state.update({frame.key_of(first, name, f"shared.{ours}"): value for ours, value in shared.items()})
     return contents
 
 

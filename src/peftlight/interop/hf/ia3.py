@@ -5,11 +5,11 @@ from collections.abc import Collection
 
 from torch import nn
 
-from peftlight.interop import hf_frame, hf_renames
 from peftlight.interop.contents import Config, Contents, Tensors
-from peftlight.interop.hf_checks import Shapes, misshapen
-from peftlight.interop.hf_config import check_feed_forward, check_fields
-from peftlight.interop.hf_targets import is_feed_forward
+from peftlight.interop.hf import frame, renames
+from peftlight.interop.hf.checks import Shapes, misshapen
+from peftlight.interop.hf.config_fields import check_feed_forward, check_fields
+from peftlight.interop.hf.targets import is_feed_forward
 from peftlight.linear import is_linear, widths
 from peftlight.strategies.ia3 import IA3, InputScale
 from peftlight.strategy import Adapter
@@ -28,9 +28,9 @@ def to_peft(adapter: Adapter) -> tuple[Config, Tensors]:
         site: {"ia3_l": delta.get_parameter("l").detach().unsqueeze(0 if site in inner else 1)}
         for site, delta in adapter.sites.items()
     }
-    config, tensors = hf_frame.written(adapter, placed)
+    config, tensors = frame.written(adapter, placed)
     named = _feed_forward_for(inner, adapter.sites, config["target_modules"])
-    config |= {"peft_type": "IA3", "feedforward_modules": named, "fan_in_fan_out": hf_frame.transposed(adapter)}
+    config |= {"peft_type": "IA3", "feedforward_modules": named, "fan_in_fan_out": frame.transposed(adapter)}
     return config, tensors
 
 
@@ -40,16 +40,16 @@ def from_peft(config: Config, tensors: Tensors, model: nn.Module, name: str = "d
     Raises:
         UserError: the files use what is not supported here, or do not fit the model; the message lists everything.
     """
-    config, tensors = hf_renames.translated(config, tensors, model)
+    config, tensors = renames.translated(config, tensors, model)
     check_fields(config, {"feedforward_modules", "init_ia3_weights"})
     check_feed_forward(config.get("feedforward_modules"))
-    found = hf_frame.found_in(config, tensors, model, {"ia3_l": "l"})
+    found = frame.found_in(config, tensors, model, {"ia3_l": "l"})
     inner = [site for site in found.matrices if is_feed_forward(config["feedforward_modules"], site)]
     problems = misshapen(found, model, _NAMES, lambda site, module: _shapes(module, site in inner))
     for own in found.matrices.values():
         own["l"] = own["l"].flatten()
-    strategy = IA3(target_modules=hf_frame.targets_of(config, found, model), feedforward_modules=inner)
-    return hf_frame.contents(config, strategy, found, model, name, _NAMES, problems)
+    strategy = IA3(target_modules=frame.targets_of(config, found, model), feedforward_modules=inner)
+    return frame.contents(config, strategy, found, model, name, _NAMES, problems)
 
 
 def _shapes(module: nn.Module, inner: bool) -> Shapes | None:
