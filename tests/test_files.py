@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peftlight.errors import UserError
-from peftlight.files import write_atomically, write_text
+from peftlight.files import as_os_error, write_atomically, write_folder, write_text
 
 
 def test_a_file_is_written_with_the_folders_it_needs(tmp_path: Path) -> None:
@@ -85,3 +85,63 @@ except UserError as error:
     assert "unchanged" in ran.stdout
     assert (tmp_path / "a.txt").read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def new_folder(temporary: Path) -> None:
+    (temporary / "inner").mkdir()
+    (temporary / "inner" / "file").write_text("new")
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "another folder"])
+def test_a_folder_takes_its_name_when_it_is_whole(there: str, tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "folder"
+    if there != "nothing":
+        folder.mkdir(parents=True)
+    if there == "another folder":
+        (folder / "old").write_text("old")
+        with pytest.raises(UserError, match="What was there before is unchanged"):
+            write_folder(folder, new_folder)
+        assert os.listdir(folder) == ["old"]
+    write_folder(folder, new_folder, replace=there == "another folder")
+    assert (folder / "inner" / "file").read_text() == "new"
+    assert os.listdir(folder) == ["inner"]
+    assert os.listdir(tmp_path / "deep") == ["folder"]
+
+
+@pytest.mark.parametrize("raised", [OSError(28, "No space left"), KeyboardInterrupt()])
+def test_a_folder_is_kept_when_the_new_one_fails(raised: BaseException, tmp_path: Path) -> None:
+    def fails(temporary: Path) -> None:
+        new_folder(temporary)
+        raise raised
+
+    write_folder(tmp_path / "folder", new_folder)
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        write_folder(tmp_path / "folder", fails, replace=True)
+    assert (tmp_path / "folder" / "inner" / "file").read_text() == "new"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_folder_comes_back_if_the_new_one_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "folder", new_folder)
+    rename = os.replace
+
+    def refuses_the_new_one(source: Path, target: Path) -> None:
+        if str(source).endswith(".tmp"):
+            raise OSError(13, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuses_the_new_one)
+    with pytest.raises(UserError, match="Permission denied"):
+        write_folder(tmp_path / "folder", lambda temporary: None, replace=True)
+    assert (tmp_path / "folder" / "inner" / "file").read_text() == "new"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_the_disks_errors_are_told_from_others() -> None:
+    full = as_os_error(Exception("Io(Os { code: 28 }): No space left on device (os error 28)"))
+    assert isinstance(full, OSError)
+    assert full.errno == 28
+    other = ValueError("not of the disk")
+    assert as_os_error(other) is other
