@@ -16,6 +16,7 @@ from models import make
 from peftlight import load_adapter
 from peftlight.callbacks import RunRecord
 from peftlight.console import say
+from peftlight.interop import read_record
 from peftlight.strategies import LoRA
 from peftlight.tasks import SequenceClassification
 from tasks.small import QUIET, Rows, batches, class_rows, constant, loader, padded, quiet_trainer
@@ -166,3 +167,16 @@ def test_without_matplotlib_the_line_that_installs_it_is_said(
     assert run_json(folder)["state"] == "finished"
     for said in (capsys.readouterr().out, (folder / "log.txt").read_text()):
         assert 'pip install "peftlight[plots]"' in said
+
+
+def test_the_adapter_knows_its_run(folder: Path) -> None:
+    """Its folder may go elsewhere, without the run's."""
+    recorded(folder, max_epochs=2).fit(module(), Rows(batches(ROWS, 2), label_names=NAMES))
+    found = read_record(folder / "adapter")
+    assert (found.task, found.label_names) == ("SequenceClassification", NAMES)
+    assert (found.base.auto_class, found.base.dtype) == ("AutoModelForSequenceClassification", "float32")
+    assert (found.steps, found.seed) == (4, 7)
+    assert found.metrics is not None
+    assert found.metrics["val_accuracy"] == run_json(folder)["metrics"]["val_accuracy"]
+    assert found.data is not None
+    assert found.data["fingerprint"] is None

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from peftlight.callbacks.curves import draw_curves
 from peftlight.console import say, stop_log, write_log_to
 from peftlight.errors import UserError
 from peftlight.files import write_text
+from peftlight.handover.model_card import write_card
 from peftlight.interop import save_adapter
 from peftlight.report import rows_of, table_of
 from peftlight.tasks import PEFTModule
@@ -79,7 +81,7 @@ class RunRecord(Callback):
         say(str(verdict))
         self.record["audit"] = {**_plain(verdict), "trained": [_plain(tensor) for tensor in verdict.trained]}
         if not getattr(trainer, "fast_dev_run", 0):
-            save_adapter(pl_module.adapter, self.folder / "adapter")
+            save_adapter(pl_module.adapter, self.folder / "adapter", self._of_the_adapter(trainer, pl_module))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero and self._log is not None:
@@ -92,6 +94,25 @@ class RunRecord(Callback):
             self._log.handle(logging.LogRecord("peftlight", logging.ERROR, "", 0, "the run failed", None, cause))
             self._finish(trainer, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
 
+    def _of_the_adapter(self, trainer: Trainer, module: PEFTModule) -> dict[str, Any]:
+        """What is kept with the adapter, wherever its folder goes; laid out as `peftlight.interop.Record`."""
+        data: Any = getattr(trainer, "datamodule", None)
+        source = getattr(data, "source", None)
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return {
+            "base": {"auto_class": module.auto_class, **(_plain(module.source) if module.source else {})},
+            "task": type(module).__name__,
+            "label_names": getattr(module, "label_names", None),
+            "data": {
+                "source": source and str(source),
+                "fingerprint": self.record.get("data_fingerprint"),
+                "encoder": data.encoder("predict", None).settings() if hasattr(data, "encoder") else None,
+            },
+            "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()},
+            "steps": trainer.global_step,
+            "seed": None if self.record["seed"] is False else self.record["seed"],  # false: none was asked for
+        }
+
     def _finish(self, trainer: Trainer, state: str) -> None:
         assert self._log is not None
         for logger in trainer.loggers:
@@ -99,15 +120,19 @@ class RunRecord(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.record |= {"seconds": round(time.time() - self._started, 1), "metrics": metrics}
         self._write(state)
-        if (self.folder / "metrics.csv").exists() and trainer.state.fn == "fit":
-            self._draw()
+        if trainer.state.fn == "fit":
+            self._describe()
         say(f"{state}; run folder: {self.folder}")
         stop_log(self._log)
         self._log = None
 
-    def _draw(self) -> None:
+    def _describe(self) -> None:
+        """The picture and the card; what keeps them from being made is said, and ends no run."""
         try:
-            draw_curves(self.folder / "metrics.csv", self.folder / "curves.png")
+            if (self.folder / "metrics.csv").exists():
+                draw_curves(self.folder / "metrics.csv", self.folder / "curves.png")
+            if (self.folder / "adapter").exists():
+                write_card(self.folder / "adapter")
         except UserError as error:
             say(str(error))
 
