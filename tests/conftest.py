@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +16,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def torch_optimizers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def torch_optimizers_only() -> Iterator[None]:
     """HF PEFT, the oracle, imports bitsandbytes; its AdamW would make the short name ambiguous for the command line."""
     from jsonargparse import _typehints
 
@@ -25,4 +26,38 @@ def torch_optimizers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_bitsandbytes(*args: object, **kwargs: object) -> list[str]:
         return [path for path in every(*args, **kwargs) if not path.startswith("bitsandbytes.")]  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_typehints, "get_all_subclass_paths", without_bitsandbytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_typehints, "get_all_subclass_paths", without_bitsandbytes)
+        yield
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a BERT without a head."""
+    import bases  # late: transformers reads the variable above at its import
+
+    return bases.save_encoder(tmp_path_factory.mktemp("models") / "encoder")
+
+
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a ViT without a head, and its image processor."""
+    import bases
+
+    return bases.save_vision(tmp_path_factory.mktemp("models") / "vision")
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama."""
+    import bases
+
+    return bases.save_decoder(tmp_path_factory.mktemp("models") / "decoder")
+
+
+@pytest.fixture(scope="session")
+def encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a T5."""
+    import bases
+
+    return bases.save_encoder_decoder(tmp_path_factory.mktemp("models") / "encoder_decoder")

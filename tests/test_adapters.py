@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import inputs_for, make
 from torch import Tensor, nn
 
+from models import inputs_for, make
 from peftlight import attach, save_adapter
 from peftlight.adapters import Adapters
 from peftlight.errors import UserError

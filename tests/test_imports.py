@@ -20,6 +20,9 @@ ROOMS = {
     "targets": {"linear", "architectures", "paths", "layer_ranges"},
     "strategy": {"delta", "linear", "paths", "targets"},
     "liveness": {"strategy"},
+    "matrices": {"delta"},
+    "updates": {"matrices", "strategy", "delta", "linear", "paths"},
+    "combine": {"updates", "matrices", "strategy", "strategies", "delta", "paths"},
     "blocks": {"paths", "linear"},
     "strategies": {
         "paths",
@@ -35,26 +38,60 @@ ROOMS = {
     "attention": set(),
     "virtual_tokens": {"delta"},
     "entrance": {"virtual_tokens", "delta"},
-    "strategy_spec": {"strategy", "strategies"},
+    "typed": set(),
+    "strategy_spec": {"strategy", "strategies", "typed"},
     "pretrained": set(),
-    "interop": {"paths", "strategy", "strategy_spec", "strategies", "delta", "linear", "targets"},
+    "interop": {
+        "paths",
+        "strategy",
+        "strategy_spec",
+        "strategies",
+        "delta",
+        "linear",
+        "targets",
+        "typed",
+        "virtual_tokens",
+    },
     "report": {"strategy", "delta"},
     "console": set(),
     "tasks": {"strategy", "strategy_spec", "liveness", "pretrained"},
     "data": set(),
-    "callbacks": {"tasks", "report", "console", "interop", "strategy"},
+    "callbacks": {"tasks", "report", "console", "handover", "interop", "strategy"},
     "config_errors": {"tasks", "data", "strategy", "strategies", "callbacks"},
-    "cli": {"lightning_cli", "config_errors"},
+    "rows": {"delta", "linear", "strategy"},
+    "adapters": {"interop", "rows", "strategy"},
+    "merging": {"delta", "interop", "linear", "paths", "strategy", "strategy_spec"},
+    "handover": {"interop", "merging", "pretrained", "strategies"},
+    "opened": {"adapters", "handover", "interop", "pretrained"},
+    "writing": {"console", "data", "interop", "opened", "pretrained", "typed"},
+    "measuring": {"delta", "handover", "interop", "matrices", "paths", "strategy", "updates"},
+    "on_data": {"config_errors", "data", "interop", "opened", "pretrained", "strategy", "tasks", "typed"},
+    "commands": {
+        "callbacks",
+        "combine",
+        "config_errors",
+        "console",
+        "handover",
+        "interop",
+        "measuring",
+        "merging",
+        "on_data",
+        "opened",
+        "pretrained",
+        "writing",
+    },
+    "cli": {"lightning_cli", "config_errors", "commands"},
     "lightning_cli": {"cli", "tasks", "data", "callbacks", "strategies", "config_errors"},
     "testing": {"strategy", "strategies", "delta", "interop", "pretrained"},
     "__main__": {"cli"},
-    "__init__": {"interop", "strategy"},
+    "__init__": {"adapters", "handover", "interop", "strategy"},
 }
 NEVER = {"peft"}
 HEAVY_BELOW = {"lightning", "transformers", "datasets", "bitsandbytes"}
 """What a strategy and everything under it must not know."""
 KNOW_NO_FRAMEWORK = {"linear", "delta", "targets", "blocks", "architectures", "strategy", "strategies"}
 KNOW_NO_FRAMEWORK |= {"virtual_tokens", "entrance", "paths", "layer_ranges", "liveness"}
+KNOW_NO_FRAMEWORK |= {"matrices", "updates", "combine"}
 
 
 def imports(path: Path) -> set[str]:

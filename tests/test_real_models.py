@@ -1,6 +1,5 @@
 """Real pretrained models from PyPI, real files: what a user runs."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from peftlight.cli import main
 from peftlight.pretrained import Source
 from peftlight.tasks import CausalLM, SequenceClassification
+from real import DATA, ROOT, needs
 from tasks.small import QUIET
 
 pytestmark = [
@@ -18,12 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
-ROOT = Path(__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data"
-
-
-def needs(package: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
 def last_run(root: Path) -> Path:

@@ -7,20 +7,35 @@ from collections.abc import Sequence
 from peftlight import __version__
 from peftlight.errors import UserError, nearest
 
-COMMANDS = {
+TRAINING = {
     "fit": "train, and write a run folder with the adapter, its metrics and its configuration",
     "validate": "compute the metrics on the validation data",
     "test": "compute the metrics on the test data",
     "predict": "write predictions for the rows of a file as JSONL",
 }
+"""Lightning's commands; they take configurations."""
+AFTERWARDS = {
+    "generate": "let an adapter write: after one prompt, or after each of a file or a pipe",
+    "chat": "talk with a base and its adapters, side by side",
+    "evaluate": "compare adapters and their base on a data set",
+    "inspect": "say what an adapter is: method, base, size, and how far it moves each layer",
+    "diff": "compare two adapters layer by layer",
+    "combine": "make one adapter of several",
+    "merge": "write base and adapter as one plain model, with a certificate that they compute the same",
+    "push": "publish an adapter on the hub, with its card",
+}
+"""What is done with a trained adapter; each has its file in `commands/`."""
+COMMANDS = TRAINING | AFTERWARDS
 
 _HELP = f"""peftlight {__version__}: parameter-efficient fine-tuning on PyTorch Lightning
 
 usage: peftlight COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
+{{training}}
 
-{{commands}}
+       peftlight COMMAND ADAPTER ... [--OPTION VALUE ...]
+{{afterwards}}
 
-  peftlight COMMAND --help        the options used most
+  peftlight COMMAND --help        the options, of the first commands those used most
   peftlight COMMAND --help-all    every option
   peftlight --version             the version
 """
@@ -51,7 +66,7 @@ _COMMAND_HELP = """usage: peftlight {command} --config FILE [--config FILE ...] 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0; 2 for an error that the user can put right, 1 for another."""
+    """Run one command. The exit code is 0, 2 for an error of the user's, 1 for another, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in given
     given = [argument for argument in given if argument != "--traceback"]
@@ -61,19 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         _check_command(given)
-        from peftlight.config_errors.given import read_given
-
-        read_given(given)  # a file that is missing or no YAML is refused before seconds of imports
-        from peftlight.lightning_cli import run
-
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # so that a configuration can name the user's own classes
-        run([argument.replace("--help-all", "--help") for argument in given])
+        _run([argument.replace("--help-all", "--help") for argument in given])
     except (UserError, OSError) as error:
         if traceback:
             raise
         print(f"peftlight: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # what shells report of a program that Ctrl-C ended
     except Exception as error:
         if traceback:
             raise
@@ -83,15 +95,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _run(given: list[str]) -> None:
+    command, rest = given[0], given[1:]
+    if command in AFTERWARDS or (command == "predict" and rest and not rest[0].startswith("-")):
+        from peftlight.commands.call import call
+
+        call(command, rest)
+        return
+    from peftlight.config_errors.given import read_given
+
+    read_given(given)  # a file that is missing or no YAML is refused before seconds of imports
+    from peftlight.lightning_cli import run
+
+    run(given)
+
+
 def _quick_answer(given: list[str]) -> str | None:
     if not given or given[0] in ("-h", "--help"):
-        listing = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
-        return _HELP.format(commands=listing)
+        return _HELP.format(training=_listing(TRAINING), afterwards=_listing(AFTERWARDS))
     if given[0] in ("-V", "--version"):
         return f"peftlight {__version__}"
-    if given[0] in COMMANDS and given[1:] in (["-h"], ["--help"]):
+    if given[0] in TRAINING and given[1:] in (["-h"], ["--help"]):
         return _COMMAND_HELP.format(command=given[0], what=COMMANDS[given[0]])
     return None
+
+
+def _listing(commands: dict[str, str]) -> str:
+    return "\n".join(f"  {name:10}{what}" for name, what in commands.items())
 
 
 def _check_command(given: list[str]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
@@ -27,6 +26,7 @@ from peftlight.data import DataFamily
 from peftlight.errors import UserError
 from peftlight.tasks import PEFTModule
 from peftlight.tasks.optimizer import DEFAULT_LEARNING_RATE
+from peftlight.tasks.precision import default_precision
 
 _DEFAULTS = {
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": DEFAULT_LEARNING_RATE}},
@@ -109,7 +109,7 @@ class PeftlightCLI(LightningCLI):
         kept = [callback for callback in own if not _replaced(callback, chosen)]
         settings = {
             "logger": self._loggers(folder, config),
-            "precision": config.get("precision") or self._precision(config),
+            "precision": config.get("precision") or self._precision(config.get("accelerator")),
             "default_root_dir": str(folder),
         }
         return super().instantiate_trainer(callbacks=[*kept, *chosen], **settings, **kwargs)
@@ -131,13 +131,9 @@ class PeftlightCLI(LightningCLI):
         chosen = config.get("logger")
         return [own, *(_as_list(chosen) if chosen is not True else [])]
 
-    def _precision(self, config: Any) -> str:
-        """bf16 where the card has it, float32 elsewhere; mixed, so that adapters and heads stay in float32."""
+    def _precision(self, accelerator: Any) -> str:
         dtype = self._get(self.config_init, "model").dtype_of_base
-        on_gpu = config.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        if dtype in ("bfloat16", "float16"):
-            return "16-mixed" if dtype == "float16" and on_gpu else "bf16-mixed"
-        return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        return default_precision(dtype, on_gpu=accelerator in ("auto", "gpu", "cuda"))
 
     def _new_run_folder(self, config: Any) -> Path:
         """A folder that no other run has; the first process makes it, those that it starts are told."""

@@ -132,15 +132,21 @@ class Source:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """transformers lists what no file held; the caller gets that list, and says what becomes of it."""
+    """transformers lists what no file held; the caller gets that list, and says what becomes of it.
+
+    Nor does it draw a bar: the output of a command may be read by a program.
+    """
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _package_folder(name: str) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from mutations import CONFIG, EVIL_PATTERNS, ORIGIN
 
+from interop.mutations import CONFIG, EVIL_PATTERNS, ORIGIN
 from models import make
 from peftlight import PEFTStrategy, attach, load_adapter, save_adapter
 from peftlight.errors import UserError

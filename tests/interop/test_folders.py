@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from mutations import CONFIG, MARKER, ORIGIN, PICKLE, TENSORS, Payload
 from safetensors.torch import load_file
 
+from interop.mutations import CONFIG, MARKER, ORIGIN, PICKLE, TENSORS, Payload
 from models import inputs_for, make
 from peftlight import attach, load_adapter, save_adapter
 from peftlight.errors import UserError

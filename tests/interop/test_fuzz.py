@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from mutations import MARKER, mutate
 from torch import Tensor, nn
 
+from interop.mutations import MARKER, mutate
 from models import inputs_for, make
 from peftlight import Adapter, PEFTStrategy, attach, load_adapter, save_adapter
 from peftlight.errors import UserError

@@ -272,19 +272,11 @@ def test_bad_files_are_refused(
 def test_a_model_with_a_window_is_refused(tmp_path: Path) -> None:
     """HF PEFT's prefix slides out of it, so ours would compute something else once rows are longer."""
     base = decoder("Mistral", sliding_window=8)
-    theirs = theirs_in(tmp_path, base, "llama")
-    adapter = attach(copy.deepcopy(base), PrefixTuning(COUNT, compat="peft"))
-    with torch.no_grad():
-        table = theirs.prompt_encoder["default"].embedding.weight.view(COUNT, 4, -1)
-        for layer, delta in enumerate(adapter.sites[f"model.layers.{n}.self_attn"] for n in range(2)):
-            delta.prefix.keys.copy_(table[:, 2 * layer])
-            delta.prefix.values.copy_(table[:, 2 * layer + 1])
-        tokens = torch.randint(2, VOCABULARY, (1, 12))
-        difference = (adapter.model(tokens).logits - theirs(tokens).logits).abs().amax((0, 2))
-    assert difference[:3].max() < 1e-5
-    assert difference[3:].min() > 1e-3
-    with pytest.raises(UserError, match="slides out of the model's window of 8 tokens"):
+    theirs_in(tmp_path, base, "llama")
+    with pytest.raises(UserError, match="out of which HF PEFT's prefix slides"):
         load_adapter(base, tmp_path)
+    with pytest.raises(UserError, match="out of which HF PEFT's prefix slides"):
+        attach(base, PrefixTuning(COUNT, compat="peft"))
 
 
 def test_a_decoder_of_another_depth_than_its_encoder_keeps_our_format(tmp_path: Path) -> None:

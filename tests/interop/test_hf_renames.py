@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from interop.exchange import changed, config_in, stir
 from peftlight import Adapter, attach, load_adapter, save_adapter
 from peftlight.interop.contents import Tensors
-from peftlight.interop.hf_renames import translated
+from peftlight.interop.hf.renames import translated
 from peftlight.strategies import IA3, AdaLoRA, LoRA, Stack, TrainableTokens, VeRA
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,6 +1,7 @@
 """Predictions: written to a file by `predict`, or shown for a few texts when a fit ends."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,13 @@ class PredictionWriter(Callback):
         self._records = []
         if trainer.is_global_zero:
             path = self.folder / "predictions.jsonl"
-            lines = (json.dumps(records[row], ensure_ascii=False) for row in sorted(records))
-            write_text(path, "".join(f"{line}\n" for line in lines))
+            write_text(path, as_lines(records[row] for row in sorted(records)))
             say(f"{len(records)} predictions: {path}")
+
+
+def as_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """One JSON object a line."""
+    return "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
 
 
 class ShowPredictions(Callback):

@@ -12,6 +12,7 @@ Span = tuple[int, int]
 """The first character, and the one after the last."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ANSWER = "an answer"
 _MARKERS = "Put {% generation %} ... {% endgeneration %} around the assistant's turns in the tokenizer's chat template"
 
 
@@ -32,6 +33,19 @@ def assistant_spans(messages: list[Message], tokenizer: Tokenizer, where: str) -
     text = _rendered(messages, tokenizer, where)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     return text, [_span(messages, index, text, tokenizer, where) for index in turns]
+
+
+def turn_end(tokenizer: Tokenizer) -> int | None:
+    """The special token with which the template ends a turn of the assistant; None where it ends with plain text.
+
+    Raises:
+        UserError: there is no template, or it does not take a question and an answer.
+    """
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    after = _rendered(messages, tokenizer, "The tokenizer").rpartition(_ANSWER)[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    token = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+    return int(ids[0]) if token is not None and token.special else None
 
 
 def _template(tokenizer: Tokenizer) -> str:

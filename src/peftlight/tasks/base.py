@@ -98,6 +98,10 @@ class PEFTModule(LightningModule):
 
     # ---- the model
 
+    def take(self, adapter: Adapter, source: Source | None) -> None:
+        """Compute with an adapter that is on its model already, to evaluate or predict; the base is from `source`."""
+        self.model, self.strategy, self.adapter, self.source = adapter.model, adapter.strategy, adapter, source
+
     def configure_model(self) -> None:
         """Load the base, attach the strategy, and keep what is trained in float32."""
         if self.adapter is None:
@@ -189,7 +193,7 @@ class PEFTModule(LightningModule):
         if self.strategy.uses("check_steps"):  # a run without an end may be all right
             self.strategy.check_steps(self.total_steps())
         for delta in self.adapter.sites.values():
-            delta.check_length(_longest_row(self._datamodule()))
+            delta.check_length(longest_row(self._datamodule(), "train", "validation"))
         self._tokens, self._since = None, time.monotonic()
 
     def _freeze_statistics(self) -> None:
@@ -352,8 +356,8 @@ class PEFTModule(LightningModule):
         }
 
 
-def _longest_row(datamodule: Any) -> int:
-    """Tokens of the longest row that is trained or validated on, as far as the data says so."""
+def longest_row(datamodule: Any, *roles: str) -> int:
+    """Tokens of the longest row that serves one of the roles; 0 where the data does not say so."""
     summaries = getattr(datamodule, "summaries", None) or {}
-    longest = max((getattr(summaries.get(role), "longest", 0) for role in ("train", "validation")), default=0)
+    longest = max(getattr(summaries.get(role), "longest", 0) for role in roles)
     return min(longest, getattr(datamodule, "max_length", longest))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peftlight.errors import UserError
 from peftlight.strategy import PEFTStrategy
-from peftlight.tasks.base import PEFTModule
+from peftlight.tasks.base import PEFTModule, longest_row
 from peftlight.tasks.kinds import check_kinds
 from peftlight.tasks.token_losses import TokenLosses, token_loss
 
@@ -66,6 +66,25 @@ class CausalLM(PEFTModule):
 
     def report(self, stage: str) -> None:
         self.log_dict(self.losses.take(stage), prog_bar=True)
+
+    def on_predict_start(self) -> None:
+        """See that the model has positions for the longest row and for what it is to write after it."""
+        longest, new = longest_row(self._datamodule(), "predict"), self.max_new_tokens
+        if longest == 0:
+            return
+        config = self._config()
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        most = getattr(text, "max_position_embeddings", None) or longest + new
+        if longest + new > most:
+            fits = [(f"model.max_new_tokens to {most - longest} or less", most - longest),
+                    (f"data.max_length to {most - new}, which cuts prompts at their start", most - new)]  # fmt: skip
+            raise UserError(
+                f"The longest row, of {longest} tokens, and max_new_tokens={new} need {longest + new} positions, and "
+                f"the model has {most}: set {' or '.join(words for words, left in fits if left > 1) or 'both lower'}."
+            )
+        assert self.adapter is not None
+        for delta in self.adapter.sites.values():
+            delta.check_length(longest + new)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: its id, the prompt, and what the model writes after it."""

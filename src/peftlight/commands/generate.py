@@ -1,0 +1,81 @@
+"""`peftlight generate`: let adapters write after prompts."""
+
+import json
+import sys
+from typing import Any, Literal
+
+from peftlight.commands.pipes import reader_may_leave
+
+
+def generate(
+    adapters: list[str],
+    prompt: str | None = None,
+    file: str | None = None,
+    out: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    template: Literal["trained", "plain", "chat"] = "trained",
+    base: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+) -> None:
+    """Write after a prompt, after each prompt of a file, or after each line of a pipe.
+
+    Of one prompt the answer is shown as it comes, several adapters' answers side by side. Else each answer is one line
+    of JSON: id (the prompt's number from 0), adapter, prompt, completion, finish_reason (stop or length), tokens. Each
+    answer is what it would be alone, whatever the batch.
+
+    Args:
+        adapters: folders of adapters, or NAME=FOLDER; the word base stands for the model without any.
+        prompt: the text to write after.
+        file: prompts: the lines of a .txt file, or the rows of another (jsonl, csv, ...) with a column prompt, the
+            columns of the training, or messages. Without prompt and file, the lines of the standard input.
+        out: a JSONL file for the answers.
+        max_new_tokens: most tokens of an answer.
+        temperature: 0: always the likeliest token; above, tokens are drawn.
+        top_p: tokens are drawn from the likeliest that together have this probability.
+        top_k: tokens are drawn from this many likeliest; 0: from all.
+        repetition_penalty: above 1, tokens that were there before become less likely.
+        seed: of what is drawn.
+        batch_size: prompts that are computed at a time; by default 8, from a pipe 1: each line is answered at once.
+        template: how a prompt is put to the model: as in the training, plain, or by the tokenizer's chat template.
+        base: the base instead of the one that the adapters name.
+        revision: of the base, likewise.
+        trust_remote_code: whether Python code of the base's repository may run.
+        dtype: number format of the base.
+    """
+    from peftlight.errors import UserError
+    from peftlight.files import write_text
+    from peftlight.writing.answering import Answers, opened_with_base
+    from peftlight.writing.choosing import Settings
+    from peftlight.writing.prompts import tables_of
+
+    settings = Settings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size is at least 1; it is {batch_size}.")
+    piped = prompt is None and file is None
+    tables = tables_of(prompt, file, batch_size or 1)
+    given = tables if piped else list(tables)  # what cannot be read is refused before the base is loaded
+    opened, names = opened_with_base(adapters, base, revision, trust_remote_code, dtype)
+    answers = Answers(opened, names, template, settings)
+    if out is not None:
+        lines = [_line(record) for record in answers.records(given, batch_size or 8)]
+        write_text(out, "".join(lines))
+        print(f"{len(lines)} answers: {out}", file=sys.stderr)
+        return
+    with reader_may_leave():
+        if prompt is not None:
+            answers.show(next(iter(given)))
+            return
+        for record in answers.records(given, batch_size or (1 if piped else 8)):
+            print(_line(record), end="", flush=True)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"

@@ -1,0 +1,49 @@
+"""`peftlight predict ADAPTER FILE`: what an adapter says of the rows of a file."""
+
+from typing import Literal
+
+
+def predict(
+    adapter: str,
+    file: str,
+    out: str | None = None,
+    config: str | None = None,
+    data: str | None = None,
+    batch_size: int | None = None,
+    base: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None,
+) -> None:
+    """Write predictions for the rows of a file: for each row one line of JSON with its number, from 0, as `id`.
+
+    Args:
+        adapter: its folder, or that of its run.
+        file: rows as in the training, without their answers: json, jsonl, csv, tsv, parquet; or images in a folder.
+        out: a file for the predictions; by default they are printed.
+        config: a YAML that says how rows are read, instead of the configuration of the adapter's run.
+        data: a class of data instead, such as TextClassification.
+        batch_size: rows per batch.
+        base: the base instead of the one that the adapter names.
+        revision: of the base, likewise.
+        trust_remote_code: whether Python code of the base's repository may run.
+        dtype: number format of the base; by default that of the adapter's training.
+    """
+    import sys
+
+    from peftlight.callbacks.predictions import as_lines
+    from peftlight.commands.pipes import reader_may_leave
+    from peftlight.files import write_text
+    from peftlight.on_data.at_work import open_on_data, predictions, quiet
+    from peftlight.on_data.chosen_data import Choice
+
+    with quiet():
+        choice = Choice("predict", data, file, batch_size)
+        on = open_on_data([adapter], choice, config, base, revision, trust_remote_code, dtype)
+        records = predictions(on)
+    if out is None:
+        with reader_may_leave():
+            print(as_lines(records), end="", flush=True)
+    else:
+        write_text(out, as_lines(records))
+        print(f"{len(records)} predictions: {out}", file=sys.stderr)

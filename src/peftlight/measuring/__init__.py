@@ -1,0 +1,1 @@
+"""How far adapters move their base, in numbers, tables and pictures."""

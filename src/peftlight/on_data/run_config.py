@@ -1,0 +1,126 @@
+"""The configuration that an adapter was trained by: its task with the task's options, its data, its precision."""
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+
+from peftlight import data as families
+from peftlight import tasks
+from peftlight.config_errors.given import read_given
+from peftlight.data import DataFamily
+from peftlight.errors import UserError, listed, nearest
+from peftlight.interop.folder import OF_RUN
+from peftlight.tasks import PEFTModule
+from peftlight.typed import fits, kind_of
+
+T = TypeVar("T")
+_OF_TRAINING = set(inspect.signature(PEFTModule.__init__).parameters) - {"self"}
+"""Options of every task; of what is trained already they say nothing new."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is read of a configuration; what it does not say is empty."""
+
+    where: str = "--data"
+    """As an error message begins."""
+    trusted: bool = True
+    """Whether the user named it, so that its classes may be others than ours; a file that was only found near an
+    adapter must not decide which code runs."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    precision: str | None = None
+
+    def task(self) -> type[PEFTModule] | None:
+        """The task's class; None where the configuration names none.
+
+        Raises:
+            UserError: there is no such class, or it is not ours and the configuration not trusted.
+        """
+        return self._class(self.model, tasks, PEFTModule) if "class_path" in self.model else None
+
+    def task_options(self) -> dict[str, Any]:
+        """The options that the task itself has.
+
+        Raises:
+            UserError: it does not have one of them, or one is of the wrong kind.
+        """
+        kind = self.task()
+        own = {key: value for key, value in self.model.get("init_args", {}).items() if key not in _OF_TRAINING}
+        return {} if kind is None else self._checked(kind, own)
+
+    def make_data(self) -> DataFamily:
+        """The data.
+
+        Raises:
+            UserError: the class, an option or a value is not right.
+        """
+        if "class_path" not in self.data:
+            raise UserError(f"{self.where} names no class of data: data: {{class_path: TextClassification, ...}}")
+        kind = self._class(self.data, families, DataFamily)
+        options = self._checked(kind, self.data.get("init_args", {}))
+        needed = [name for name, one in inspect.signature(kind).parameters.items() if one.default is one.empty]
+        if missing := [name for name in needed if name not in options]:
+            raise UserError(f"{self.where}: {kind.__name__} needs {listed(missing)}.")
+        return kind(**options)
+
+    def _class(self, section: Mapping[str, Any], room: ModuleType, parent: type[T]) -> type[T]:
+        path = str(section["class_path"])
+        name = path.removeprefix(f"{room.__name__}.")
+        module, _, leaf = name.rpartition(".")
+        if not module and name not in room.__all__:
+            raise UserError(f"{self.where}: there is no class {name!r}.{nearest(name, room.__all__)}")
+        if module and not self.trusted:
+            raise UserError(f"{self.where} names the class {path}, which is not among those of {room.__name__}. If you "
+                            f"trust it, give the configuration by name: --config {self.where}")  # fmt: skip
+        try:
+            found = getattr(importlib.import_module(module), leaf) if module else getattr(room, name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{self.where}: the class {path} cannot be imported: {error}.") from error
+        if not (isinstance(found, type) and issubclass(found, parent)):
+            raise UserError(f"{self.where}: {path} is no {parent.__name__}.")
+        return found
+
+    def _checked(self, kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+        hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+        for name, value in options.items():
+            if name not in hints:
+                raise UserError(f"{self.where}: {kind.__name__} has no option {name!r}.{nearest(name, hints)}")
+            if not fits(value, hints[name]):
+                raise UserError(f"{self.where}: {name} is {value!r}; expected {kind_of(hints[name])}.")
+        return dict(options)
+
+
+def read_config(path: Path, trusted: bool = True) -> RunConfig:
+    """What the configuration in a file says.
+
+    Raises:
+        UserError: the file cannot be read, or is no configuration.
+    """
+    read_given(["validate", f"--config={path}"])
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    precision = _section(found, "trainer").get("precision")
+    return RunConfig(str(path), trusted, _section(found, "model"), _section(found, "data"), precision)
+
+
+def config_of_run(folder: Path) -> RunConfig:
+    """What the configuration says in the run of an adapter's folder; nothing where the adapter lies elsewhere.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    folder = folder.resolve()
+    run = folder.parent if folder.name == OF_RUN else folder
+    path = run / "config.yaml"
+    return read_config(path, trusted=False) if path.is_file() and (run / OF_RUN).is_dir() else RunConfig()
+
+
+def _section(found: Any, key: str) -> dict[str, Any]:
+    section = found.get(key) or {}
+    return dict(section) if isinstance(section, dict) else {"class_path": section}

@@ -1,0 +1,1 @@
+"""Text that a model writes: prompts from anywhere, batches, sampling, and a conversation."""
