@@ -60,7 +60,7 @@ ROOMS = {
     "config_errors": {"tasks", "data", "strategy", "strategies", "callbacks"},
     "rows": {"delta", "linear", "strategy"},
     "adapters": {"interop", "rows", "strategy"},
-    "merging": {"delta", "interop", "linear", "paths", "strategy", "strategy_spec"},
+    "merging": {"delta", "interop", "linear", "paths", "pretrained", "strategy", "strategy_spec"},
     "handover": {"interop", "merging", "pretrained", "strategies"},
     "opened": {"adapters", "handover", "interop", "pretrained"},
     "writing": {"console", "data", "interop", "opened", "pretrained", "typed"},

@@ -54,7 +54,7 @@ class Source:
         loader = getattr(transformers, auto_class)
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         try:
-            with _without_report():
+            with without_remarks():
                 model, info = loader.from_pretrained(
                     self._path(), dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True,
                     **self._trust(), **config,
@@ -131,10 +131,10 @@ class Source:
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """transformers lists what no file held; the caller gets that list, and says what becomes of it.
+def without_remarks() -> Iterator[None]:
+    """Within the block transformers neither remarks on what it reads and writes nor draws bars.
 
-    Nor does it draw a bar: the output of a command may be read by a program.
+    What of its remarks matters is told by us: the parameters that no file held, for example.
     """
     from transformers.utils import logging
 

@@ -5,14 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import _http, close_session, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
 
 from commands.hub_server import CUT, READER, WRITER, Handler, Hub
@@ -27,26 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 BASE = "someone/tiny-llama"
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "peftlight.json"]
 REPO = "me/an-adapter"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The stand-in, with the client of this process turned to it."""
-    server = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    of_file = "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + of_file)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between the client's attempts
-    monkeypatch.setenv("HF_TOKEN", WRITER)
-    disable_progress_bars()
-    close_session()
-    yield server
-    close_session()
-    enable_progress_bars()
-    server.stop()
 
 
 def adapter(seed: int = 0) -> Any:

@@ -10,6 +10,7 @@ def evaluate(
     source: str | None = None,
     split: Literal["validation", "test"] = "validation",
     limit: int | None = None,
+    columns: dict[str, str] | None = None,
     batch_size: int | None = None,
     json: str | None = None,
     base: str | None = None,
@@ -26,6 +27,7 @@ def evaluate(
         source: rows instead: a file, a folder or a data set of the hub; of a file all rows.
         split: which rows of the data.
         limit: at most so many rows, and what is left of the last batch.
+        columns: names of the rows' columns by ours, where they differ: '{text: review}'.
         batch_size: rows per batch.
         json: a file to write all figures to.
         base: the base instead of the one that the adapters name.
@@ -43,7 +45,7 @@ def evaluate(
     if limit is not None and limit < 1:
         raise UserError(f"--limit is a number of rows, at least 1; it is {limit}.")
     with quiet():
-        choice = Choice(split, data, source, batch_size)
+        choice = Choice(split, data, source, batch_size, columns)
         on = open_on_data(adapters, choice, config, base, revision, trust_remote_code, dtype)
         comparison: Comparison = compare(on, split, limit)
     say(comparison.table())

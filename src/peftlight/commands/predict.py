@@ -9,6 +9,7 @@ def predict(
     out: str | None = None,
     config: str | None = None,
     data: str | None = None,
+    columns: dict[str, str] | None = None,
     batch_size: int | None = None,
     base: str | None = None,
     revision: str | None = None,
@@ -23,6 +24,7 @@ def predict(
         out: a file for the predictions; by default they are printed.
         config: a YAML that says how rows are read, instead of the configuration of the adapter's run.
         data: a class of data instead, such as TextClassification.
+        columns: names of the rows' columns by ours, where they differ: '{text: review}'.
         batch_size: rows per batch.
         base: the base instead of the one that the adapter names.
         revision: of the base, likewise.
@@ -38,7 +40,7 @@ def predict(
     from peftlight.on_data.chosen_data import Choice
 
     with quiet():
-        choice = Choice("predict", data, file, batch_size)
+        choice = Choice("predict", data, file, batch_size, columns)
         on = open_on_data([adapter], choice, config, base, revision, trust_remote_code, dtype)
         records = predictions(on)
     if out is None:

@@ -1,7 +1,6 @@
 """Merging with proof: base and adapter become one plain model on the disk, and a certificate says what it computes."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from peftlight.merging.certificate import TOLERANCES, Certificate, origins, rema
 from peftlight.merging.plain_model import plain_model, write_model
 from peftlight.merging.probes import Difference, Probes, answers, difference, has_classes
 from peftlight.paths import own_parameters
+from peftlight.pretrained import without_remarks
 from peftlight.strategy import Adapter
 
 CERTIFICATE = "merge.json"
@@ -123,26 +123,13 @@ def _effect(adapter: Adapter, probes: Probes, expected: Sequence[Tensor]) -> Dif
 def _loaded(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
     """What transformers makes of the folder, on the device of the model."""
     kind: Any = type(model)
-    with _without_warnings():
+    with without_remarks():  # of tensors that its config calls tied and the files hold apart: the certificate says so
         again, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
     if strays := [f"{what}: {listed(sorted(map(str, keys)))}" for what, keys in info.items() if keys]:
         raise UserError(f"What was written of this {kind.__name__} does not come back whole; {'; '.join(strays)}.")
     device = next(model.parameters()).device
     moved: nn.Module = again if device.type == "meta" else again.to(device)
     return moved
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """transformers warns of tensors that its config calls tied and the files hold apart; the certificate says so."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _save(what: Any, folder: Path) -> None:

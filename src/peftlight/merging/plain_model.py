@@ -18,6 +18,7 @@ from peftlight.interop.hf.frame import base_name
 from peftlight.interop.tensor_files import check_finite
 from peftlight.linear import is_conv1d, weight_of
 from peftlight.paths import own_parameters
+from peftlight.pretrained import without_remarks
 from peftlight.strategy import Adapter
 
 _UNMERGED = ("It can be used beside its base: peftlight predict, generate and chat take the adapter as it is. What is "
@@ -74,7 +75,7 @@ def write_model(adapter: Adapter, plain: PlainModel, folder: Path, dtype: torch.
         UserError: transformers refuses to write it.
         OSError: the disk is full, or a file cannot be written.
     """
-    with _as_errors_of_the_disk():
+    with _as_errors_of_the_disk(), without_remarks():
         adapter.model.save_pretrained(folder, state_dict=plain.state, max_shard_size=shard_size)  # type: ignore[operator]
         _config_of(adapter, dtype, bool(plain.untied)).save_pretrained(folder)
     plain.state = {}

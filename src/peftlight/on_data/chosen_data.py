@@ -36,6 +36,8 @@ class Choice:
     """Where the rows are; None: where the configuration says."""
     batch_size: int | None = None
     """Rows per batch; None: as the configuration says."""
+    columns: dict[str, str] | None = None
+    """Names of the rows' columns by ours; None: as the configuration says."""
 
 
 def chosen_data(opened: Opened, task: type[PEFTModule], config: RunConfig, choice: Choice) -> DataFamily:
@@ -54,7 +56,8 @@ def chosen_data(opened: Opened, task: type[PEFTModule], config: RunConfig, choic
         config = RunConfig(data=section)
     data = config.make_data()
     refuse_other_data(task, data)
-    changes: dict[str, Any] = {} if choice.batch_size is None else {"batch_size": choice.batch_size}
+    chosen = {"batch_size": choice.batch_size, "columns": choice.columns}
+    changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     if choice.source is not None:
         changes |= _elsewhere(data, choice, _known_classes(opened, choice, of_run=kind is None))
     return _with_padding(dataclasses.replace(data, **changes), opened)
