@@ -4,11 +4,12 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from peftlight.errors import UserError
 
+_ALL_WRITTEN = ".written"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -26,11 +27,66 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush(path.parent)
     except OSError as error:
         raise UserError(_explain(path, error)) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_together(folder: str | Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+    """Let each function fill a file for its name, in their order; then all of them take their places in `folder`.
+
+    A crash leaves all files as they were, or all new ones: once the new ones are whole on the disk, a mark says so, and
+    from then on `finish_writing` completes what a crash interrupted.
+
+    Raises:
+        UserError: a file cannot be written (disk full, no permission); all are as they were.
+    """
+    folder = at = Path(folder)
+    finish_writing(folder, files)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, write in files.items():
+            at = folder / name
+            write(_new(folder, name))
+            _flush(_new(folder, name))
+        (folder / _ALL_WRITTEN).touch()
+        _flush(folder)
+    except OSError as error:
+        raise UserError(_explain(at, error)) from error
+    finally:
+        if not (folder / _ALL_WRITTEN).exists():
+            for name in files:
+                with contextlib.suppress(OSError):
+                    _new(folder, name).unlink()
+    finish_writing(folder, files)
+
+
+def finish_writing(folder: Path, names: Iterable[str]) -> None:
+    """Complete a `write_together` of these names that a crash interrupted, if there is one in the folder.
+
+    Raises:
+        UserError: the files cannot be put in their places.
+    """
+    if not (folder / _ALL_WRITTEN).exists():
+        return
+    try:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # it is in its place already
+                os.replace(_new(folder, name), folder / name)
+        _flush(folder)
+        (folder / _ALL_WRITTEN).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The files in {folder} were being replaced when a crash came, and cannot be put in their places: "
+            f"{error.strerror or error}. Give this program the right to write there."
+        ) from error
+
+
+def _new(folder: Path, name: str) -> Path:
+    return folder / f".{name}.new"
 
 
 def write_folder(path: str | Path, write: Callable[[Path], object], replace: bool = False) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -166,8 +167,8 @@ class Adapter:
         """Fold the deltas into the weights of their modules, so that they cost nothing; `unmerge` takes it back.
 
         Raises:
-            UserError: a delta cannot be folded, its weight is shared with another module, or it lies above the delta
-                of another adapter; nothing has been merged then.
+            UserError: a delta cannot be folded, its weight is shared with another module, it lies above the delta of
+                another adapter, or another one has written the same tensors; nothing has been merged then.
         """
         if self.merged:
             raise UserError(f"The adapter {self.name!r} is merged already.")
@@ -175,17 +176,32 @@ class Adapter:
             raise UserError(f"The adapter {self.name!r} is switched off; enable it before merging it.")
         for site in self.sites:
             self._check_unshared(site)
-        folded = {site: self.folded(site) for site in self.sites}
-        for site, (weight, bias) in folded.items():
-            module = self.model.get_submodule(site)
-            own = {f"{site}.weight".lstrip("."): module.get_parameter("weight")}
-            if bias is not None:
-                own[f"{site}.bias".lstrip(".")] = module.get_parameter("bias")
-            self.merged |= {name: parameter.detach().clone() for name, parameter in own.items()}
-            write_weight(module, weight)
-            if bias is not None:
-                module.get_parameter("bias").data.copy_(bias)
-            self.sites[site].enabled = False
+        values: dict[str, tuple[nn.Module, Tensor]] = {}
+        for site in self.sites:
+            module, (weight, bias) = self.model.get_submodule(site), self.folded(site)
+            values[f"{site}.weight".lstrip(".")] = module, weight
+            if bias is not None and not torch.equal(bias, module.get_parameter("bias").to(bias.dtype)):
+                values[f"{site}.bias".lstrip(".")] = module, bias
+        self._check_alone(values)
+        self.merged = {name: self._tensor(name).detach().clone() for name in values}
+        for name, (module, value) in values.items():
+            if name.endswith("weight"):
+                write_weight(module, value)
+            else:
+                module.get_parameter("bias").data.copy_(value)
+        for delta in self.sites.values():
+            delta.enabled = False
+
+    def _check_alone(self, names: Iterable[str]) -> None:
+        """Each adapter keeps what it found: two that wrote one tensor could only be taken back in reverse order."""
+        for other in adapters_on(self.model):
+            shared = [name for name in names if other is not self and (name in other.merged or name in other.originals)]
+            if shared:
+                how = "merged into" if shared[0] in other.merged else "trained with"
+                raise UserError(
+                    f"The adapter {self.name!r} cannot be merged: {other.name!r} is {how} {listed(shared, 3)} too. "
+                    f"{'Unmerge' if other.merged else 'Remove'} that one first."
+                )
 
     def unmerge(self) -> None:
         """Restore the weights that `merge` wrote bit for bit, and compute through the deltas again."""
@@ -273,6 +289,7 @@ class Adapter:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         self.sites, self.trained, self.originals, self.merged, self.aside = {}, [], {}, {}, {}
+        _ATTACHED.get(self.model, WeakSet[Adapter]()).discard(self)
 
     def _switch(self, on: bool) -> None:
         self.enabled = on
@@ -312,6 +329,14 @@ class Adapter:
         return tensor
 
 
+_ATTACHED: WeakKeyDictionary[nn.Module, WeakSet[Adapter]] = WeakKeyDictionary()
+
+
+def adapters_on(model: nn.Module) -> list[Adapter]:
+    """The adapters that are on the model, in no order; of a copy of a model none are known."""
+    return list(_ATTACHED.get(model, ()))
+
+
 def attach(
     model: nn.Module,
     strategy: PEFTStrategy,
@@ -346,6 +371,7 @@ def attach(
             adapter.sites[site] = delta
         if not adapter.parameters():
             raise UserError(f"{type(strategy).__name__} would train nothing on this {type(model).__name__}.")
+    _ATTACHED.setdefault(model, WeakSet()).add(adapter)
     return adapter
 
 

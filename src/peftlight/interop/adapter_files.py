@@ -10,7 +10,7 @@ from torch import nn
 
 from peftlight.delta import unchanged_on_error
 from peftlight.errors import UserError, listed
-from peftlight.files import write_atomically
+from peftlight.files import write_together
 from peftlight.interop import metadata, own_format
 from peftlight.interop.base_hash import differs, fingerprint
 from peftlight.interop.contents import Config, Contents, Tensors
@@ -20,7 +20,7 @@ from peftlight.interop.heads import keep_held, make_room
 from peftlight.interop.hf import adalora, ia3, in_place, lora, lora_type, prefix, prompts, tokens, vera
 from peftlight.interop.hf.frame import base_name
 from peftlight.interop.json_files import as_json
-from peftlight.interop.tensor_files import TENSORS, check_finite, flush_to_disk, save_tensors, sha256
+from peftlight.interop.tensor_files import TENSORS, check_finite, save_tensors, sha256
 from peftlight.strategies.adalora import AdaLoRA
 from peftlight.strategies.bitfit import BitFit
 from peftlight.strategies.ia3 import IA3
@@ -94,20 +94,21 @@ def save_adapter(adapter: Adapter, folder: str | Path, record: Mapping[str, Any]
         raise UserError(f"The adapter {adapter.name!r} holds nothing to save; it may have been removed.")
     config, tensors = _written(adapter)
     check_finite(tensors, f"The adapter {adapter.name!r} is not saved")
-    text = as_json(config)
+    text, digests = as_json(config), []
 
-    # Each file is renamed after the one within it, so all of them are whole on the disk before the first is.
-    def tensors_then_rest(temporary: Path) -> None:
-        save_tensors(tensors, temporary)
-        origin = as_json(metadata.describe(adapter, recipe, tensors, sha256(temporary), record or {}))
-        write_atomically(folder / CONFIG, lambda config_file: text_then_origin(config_file, origin))
+    def write_tensors(file: Path) -> None:
+        save_tensors(tensors, file)
+        digests.append(sha256(file))
 
-    def text_then_origin(temporary: Path, origin: str) -> None:
-        temporary.write_text(text, encoding="utf-8")
-        flush_to_disk(temporary)
-        write_atomically(folder / metadata.FILE, lambda file: file.write_text(origin, encoding="utf-8"))
+    def write_record(file: Path) -> None:
+        file.write_text(
+            as_json(metadata.describe(adapter, recipe, tensors, digests[0], record or {})), encoding="utf-8"
+        )
 
-    write_atomically(folder / TENSORS, tensors_then_rest)
+    def write_config(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    write_together(folder, {TENSORS: write_tensors, CONFIG: write_config, metadata.FILE: write_record})
 
 
 def _written(adapter: Adapter) -> tuple[Config, Tensors]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlight.delta import CHILD
-from peftlight.strategy import Adapter
+from peftlight.strategy import Adapter, adapters_on
 
 _MOST = 1 << 16
 
@@ -38,8 +38,8 @@ def fingerprint(adapter: Adapter, in_file: Collection[str] = ()) -> Fingerprint:
 
     Left out are the deltas of all adapters, what this one trains in place, and what its file of tensors holds in full
     (`in_file`, the names there): a head that is new in each base, for example. Values count as 64-bit numbers, so that
-    a vector that a training put into float32 is still the same. The values that other adapters train in place count as
-    the base's own: switch those adapters off before.
+    a vector that a training put into float32 is still the same. What other adapters of the model train in place or have
+    merged counts as it was before.
     """
     frozen = sorted(_frozen(adapter, in_file))
     if not frozen:
@@ -80,11 +80,13 @@ def _frozen(adapter: Adapter, in_file: Collection[str]) -> Iterator[tuple[str, t
     """Name, shape and values of each tensor of the base that is saved with it and that is not the adapter's."""
     model, own = adapter.model, adapter.state()
     saved = model.state_dict(keep_vars=True)
+    before = {name: value for other in adapters_on(model) if other.enabled
+              for name, value in {**other.originals, **other.merged}.items()}  # fmt: skip
     held = {id(saved[name]) for key in in_file for name in _names_of(key) if name in saved}
     for named in (model.named_parameters(), model.named_buffers()):
         for name, tensor in named:
             if name in saved and name not in own and id(tensor) not in held and CHILD not in name.split("."):
-                yield name, _shape(model, name, tensor), adapter.merged.get(name, tensor)
+                yield name, _shape(model, name, tensor), before.get(name, tensor)
 
 
 def _names_of(key: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftlight.errors import UserError, listed
+from peftlight.files import finish_writing
 from peftlight.interop import metadata
 from peftlight.interop.contents import Config, Tensors
 from peftlight.interop.distrust import check_patterns
@@ -73,6 +74,7 @@ def find_adapter(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise UserError("There is no such folder." if not folder.exists() else "It is a file; expected a folder.")
+    finish_writing(folder, (TENSORS, metadata.FILE, CONFIG))
     if (folder / CONFIG).is_file():
         return folder
     try:

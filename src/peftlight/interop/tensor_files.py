@@ -1,7 +1,6 @@
 """The file of an adapter's tensors: safetensors, written through to the disk and read with distrust."""
 
 import hashlib
-import os
 import warnings
 from pathlib import Path
 
@@ -64,13 +63,6 @@ def save_tensors(tensors: Tensors, path: Path) -> None:
         cause = as_os_error(error)
         raise cause if isinstance(cause, OSError) else OSError(0, str(error)) from error
     path.chmod(mode)  # safetensors gives its files to their owner alone
-    flush_to_disk(path)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Have the disk hold what was written to the file."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def check_finite(tensors: Tensors, what: str) -> None:
