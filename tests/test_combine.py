@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from models import inputs_for, make
 from peftlight import Adapter, PEFTStrategy, attach, load_adapter, save_adapter
+from peftlight.adapters import Adapters
 from peftlight.combine import Combination, combine
+from peftlight.combine.methods import Settings, ties, truncated
 from peftlight.errors import UserError
 from peftlight.linear import weight_of, write_weight
+from peftlight.matrices import Matrix, weighted_sum
 from peftlight.strategies import (
     IA3,
     AdaLoRA,
@@ -149,6 +152,26 @@ def test_svd_is_the_best_of_its_rank_and_says_how_far_it_is_off(name: str, secon
     assert_model_has(name, found, dense)
 
 
+def test_directions_that_float64_tells_apart_are_not_dropped() -> None:
+    """As high as a vocabulary, with the second adapter's directions a hundredth of the first's."""
+    torch.manual_seed(0)
+    one, two = (Matrix.of_factors((torch.randn(2, 64), scale * torch.randn(60_000, 2))) for scale in (1, 0.001))
+    total = weighted_sum([one, two], [1.0, 1.0])
+    assert total.rank == 4
+    kept, error = truncated(total, 4)
+    torch.testing.assert_close(kept.dense(), total.dense(), rtol=1e-9, atol=1e-9)
+    assert error < 1e-12
+    kept, error = truncated(total, 3)
+    assert error == pytest.approx(float((total.dense() - kept.dense()).norm() / total.dense().norm()))
+    assert error > 1e-4
+
+
+def test_ties_keeps_a_number_of_even_the_smallest_tensor() -> None:
+    tensor = Matrix.of_tensor(torch.tensor([1.0, -3.0, 2.0]))
+    kept = ties([tensor], [1.0], Settings(0.2, torch.Generator()))
+    assert kept.dense().flatten().tolist() == [0, -3, 0]
+
+
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
 def test_ties_is_the_papers(density: float) -> None:
     adapters = on_one(make("bert"), *(LoRA(rank=rank, target_modules=["value"]) for rank in (2, 3, 4)))
@@ -230,9 +253,8 @@ def test_what_is_trained_in_place_is_summed(tmp_path: Path) -> None:
             tensors[name].data += weight * (adapter.state()[name] - base[name])
     for site, update in dense.items():
         bare.get_submodule(site).weight.data += update
-    found = combine(adapters, WEIGHTS, heads_from="b")
-    # The bias of the head, which BitFit trains, is the whole of a head and comes from one adapter alone.
-    tensors["classifier.bias"].data = adapters[1].state()["classifier.bias"]
+    assert "classifier.bias" in adapters[0].originals  # half a head, with the base's weight: a bias like all others
+    found = combine(adapters, WEIGHTS)
     expected = computed(bare, "bert")
     torch.testing.assert_close(computed(found.adapter.model, "bert"), expected, rtol=1e-5, atol=1e-5)
     save_adapter(found.adapter, tmp_path)
@@ -280,6 +302,17 @@ def test_a_head_comes_whole_from_one_adapter(kind: str, tmp_path: Path) -> None:
     assert torch.equal(computed(load_adapter(make(kind), tmp_path).model, kind), expected)
 
 
+def test_half_a_head_is_none_and_is_not_dropped_unasked() -> None:
+    adapters = on_one(make("bert"), LoRA(rank=2), LoRA(rank=2, bias="all"), heads=(("classifier",), ()))
+    with pytest.raises(UserError, match=r"a, b each train a head \(classifier.bias, classifier.weight\).*heads_from a"):
+        combine(adapters)
+    with pytest.raises(UserError, match=r"heads_from is 'b'.*Heads are trained by a"):
+        combine(adapters, heads_from="b")
+    model = combine(adapters, heads_from="a").adapter.model
+    for name in ("classifier.weight", "classifier.bias"):
+        assert torch.equal(model.get_parameter(name), adapters[0].state()[name])
+
+
 def test_the_only_head_is_kept_without_being_asked_for() -> None:
     adapters = on_one(make("bert"), LoRA(rank=2), LoRA(rank=3), heads=((), ("classifier",)))
     found = combine(adapters, [0.5, 0.5])
@@ -301,6 +334,44 @@ def test_what_cannot_be_combined_is_named_and_leaves_all_as_it_was() -> None:
         combine([three], method="svd")
     assert torch.equal(computed(model, "bert"), expected)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_a_third_adapter_that_is_on_has_no_part_in_it() -> None:
+    model = make("bert")
+    one, two, third, scaled = on_one(model, LoRA(rank=2, bias="all"), LoRA(rank=2, bias="all"), BitFit(), IA3())
+    expected = combine([one, two]).adapter
+    without = computed(model, "bert")
+    expected.remove()
+    third.enable()
+    with pytest.raises(UserError, match="no product of low rank"):
+        combine([one, scaled])
+    assert third.enabled
+    found = combine([one, two])
+    assert not third.enabled
+    assert torch.equal(computed(model, "bert"), without)
+    found.adapter.remove()
+    assert torch.equal(computed(model, "bert"), computed(make("bert"), "bert"))
+
+
+def test_a_combination_is_one_of_the_bases_adapters() -> None:
+    adapters, bare = Adapters(make("bert")), computed(make("bert"), "bert")
+    for name, strategy in (("a", LoRA(rank=2, bias="all")), ("b", LoRA(rank=3)), ("c", BitFit())):
+        torch.manual_seed(len(adapters))
+        adapter = adapters.attach(strategy, name)
+        adapters.use(name)
+        stirred(adapter)
+    third = computed(adapters.model, "bert")
+    found = adapters.combine(["a", "b"], [0.5, 2.0], name="both")
+    assert adapters["both"] is found.adapter
+    assert adapters.in_use == ["c"]
+    assert torch.equal(computed(adapters.model, "bert"), third)
+    assert not any(parameter.requires_grad for parameter in adapters.model.parameters())
+    adapters.use("both")
+    assert (computed(adapters.model, "bert") - bare).abs().max() > 1e-4
+    adapters.use()
+    assert torch.equal(computed(adapters.model, "bert"), bare)
+    with pytest.raises(UserError, match="'both' is taken"):
+        adapters.combine(["a", "b"], name="both")
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:

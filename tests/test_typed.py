@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, NotRequired, Optional, TypedDict
 
 import pytest
 
 from peftlight.typed import fits, kind_of
+
+
+class Point(TypedDict):
+    x: int
+    y: NotRequired[str | None]
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,8 @@ from peftlight.typed import fits, kind_of
         (dict[str, Any], [{"a": object()}], [{1: 1}]),
         (Literal["a", "b"] | None, ["a", "c", None], [3]),
         (float | Literal["learned"], [1, "learned"], [None, [1]]),
+        (Point, [{"x": 1}, {"x": 1, "y": None, "z": "other"}], [{}, {"x": "1"}, {"x": 1, "y": 2}, [], None]),
+        (list[Point] | None, [None, [], [{"x": 1}]], [[{}], {"x": 1}]),
         (list[Any] | dict[str, float | None], [[{}], {"a": None}], ["a", {"a": "b"}]),
     ],
 )
@@ -38,3 +45,4 @@ def test_hints_that_are_not_about_plain_data_take_everything() -> None:
 
 def test_kinds_are_named() -> None:
     assert [kind_of(hint) for hint in (int, list[str], str | None, Any)] == ["int", "list[str]", "str | None", "Any"]
+    assert kind_of(Point | None) == "an object with x, y | None"

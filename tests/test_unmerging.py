@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from merging.stirred import HEADS, NEVER, scores, stirred
 from models import make
-from peftlight import save_adapter
+from peftlight import attach, save_adapter
 from peftlight.adapters import Adapters
+from peftlight.errors import UserError
 from peftlight.strategies import IA3, BitFit, LoRA, Stack
 from recipes import RECIPES
 
@@ -61,3 +63,26 @@ def test_unmerging_after_switching_restores_every_bit(tmp_path: Path) -> None:
     assert torch.equal(scores(adapters.model, "bert"), apart["a0"])
     adapters.use()
     assert all(torch.equal(adapters.model.state_dict()[key], value) for key, value in bare.items())
+
+
+class Float8(nn.Linear):
+    """Keeps its weight in eight-bit floats, and their scale beside it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, bias=False)
+        self.scale = nn.Parameter(self.weight.detach().abs().max() / 448)
+        eight_bit = (self.weight.detach() / self.scale.detach()).to(torch.float8_e4m3fn)
+        self.weight = nn.Parameter(eight_bit, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight.float() * self.scale).T
+
+
+def test_eight_bit_floats_have_their_scale_elsewhere_and_are_not_merged() -> None:
+    model = nn.Sequential(Float8())
+    adapter = attach(model, LoRA(rank=2, target_modules=["0"]))
+    x = torch.randn(3, 8)
+    before = model(x)
+    with pytest.raises(UserError, match=r"cannot be merged at '0'.*quantized \(torch\.float8_e4m3fn\)"):
+        adapter.merge()
+    assert torch.equal(model(x), before)

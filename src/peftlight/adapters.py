@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from peftlight.combine import Combination, combine
 from peftlight.errors import UserError, listed, nearest
 from peftlight.interop import load_adapter
 from peftlight.rows import by_rows
@@ -45,13 +46,31 @@ class Adapters:
         options: dict[str, Any] = {"modules_to_train": modules_to_train, "keep_base": True}
         return self._added(name, lambda: attach(self.model, strategy, name, **options))
 
-    def use(self, *names: str) -> None:
-        """Let the model compute with the adapters of these names and no others; with none, as the bare base.
+    def combine(
+        self, names: Sequence[str], weights: Sequence[float] | None = None, method: str = "sum", *,
+        name: str = "combined", **options: Any,
+    ) -> Combination:  # fmt: skip
+        """Put a new adapter on the base, made of those of these names; `options` are those of `combine.combine`.
+
+        Raises:
+            UserError: the name is taken, there is no such adapter, or they cannot be combined; all is as it was then.
+        """
+        made: list[Combination] = []
+
+        def make() -> Adapter:
+            made.append(combine([self[each] for each in names], weights, method, name=name, **options))
+            return made[0].adapter
+
+        self._added(name, make)
+        return made[0]
+
+    def use(self, *names: str | None) -> None:
+        """Let the model compute with the adapters of these names and no others; with none, or None, as the bare base.
 
         Raises:
             UserError: there is no such adapter, or two of them train the same tensor of the base.
         """
-        chosen = [self[name] for name in names]
+        chosen = [self[name] for name in names if name is not None]
         _check_apart(chosen)
         for adapter in self:
             if adapter not in chosen:

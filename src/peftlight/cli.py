@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from peftlight import __version__
-from peftlight.errors import UserError, nearest
+from peftlight.errors import UserError, nearest, one_line
 
 TRAINING = {
     "fit": "train, and write a run folder with the adapter, its metrics and its configuration",
@@ -63,6 +63,23 @@ _COMMAND_HELP = """usage: peftlight {command} --config FILE [--config FILE ...] 
   peftlight {command} --help-all          every option
   peftlight {command} --data.help SST2    the options of one class
 """
+_PREDICT_HELP = """usage: peftlight predict ADAPTER FILE [--OPTION VALUE ...]
+
+predict: write predictions for the rows of a file as JSONL; what is not given is as in the adapter's run
+
+  ADAPTER                          folder of the adapter or of its run, or its name on the hub
+  FILE                             rows as in the training, without their answers; or images in a folder
+  --out FILE                       where the predictions go; by default they are printed
+  --config FILE                    a YAML that says how rows are read; or --data CLASS
+  --columns '{text: review}'       names of the rows' columns by ours, where they differ
+  --base NAME                      the base instead of the one that the adapter names
+
+  peftlight predict ADAPTER --help          every option of this form
+
+Or, with a configuration alone:
+
+"""
+_WITHOUT_VALUE = {"-h", "--help", "--help-all"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,9 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if traceback:
             raise
-        print(f"peftlight: error: {error}", file=sys.stderr)
+        shown = "\n".join(map(one_line, str(error).split("\n")))  # a file's text must not steer the terminal
+        print(f"peftlight: error: {shown}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("peftlight: interrupted", file=sys.stderr)
         return 130  # what shells report of a program that Ctrl-C ended
     except Exception as error:
         if traceback:
@@ -97,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: list[str]) -> None:
     command, rest = given[0], given[1:]
-    if command in AFTERWARDS or (command == "predict" and rest and not rest[0].startswith("-")):
+    if command in AFTERWARDS or (command == "predict" and _names_adapter(rest)):
         from peftlight.commands.call import call
 
         call(command, rest)
@@ -110,13 +129,24 @@ def _run(given: list[str]) -> None:
     run(given)
 
 
+def _names_adapter(rest: list[str]) -> bool:
+    """Whether there is a word that is neither an option nor an option's value: Lightning's form has none."""
+    before = ["", *rest]
+    return any(
+        not word.startswith("-") and (not last.startswith("-") or "=" in last or last in _WITHOUT_VALUE)
+        for last, word in zip(before, rest, strict=False)
+    )
+
+
 def _quick_answer(given: list[str]) -> str | None:
     if not given or given[0] in ("-h", "--help"):
-        return _HELP.format(training=_listing(TRAINING), afterwards=_listing(AFTERWARDS))
+        afterwards = {"predict": TRAINING["predict"], **AFTERWARDS}
+        return _HELP.format(training=_listing(TRAINING), afterwards=_listing(afterwards))
     if given[0] in ("-V", "--version"):
         return f"peftlight {__version__}"
     if given[0] in TRAINING and given[1:] in (["-h"], ["--help"]):
-        return _COMMAND_HELP.format(command=given[0], what=COMMANDS[given[0]])
+        first = _PREDICT_HELP if given[0] == "predict" else ""
+        return first + _COMMAND_HELP.format(command=given[0], what=COMMANDS[given[0]])
     return None
 
 

@@ -64,6 +64,11 @@ class Delta(nn.Module):
             raise UserError(f"{type(self).__name__} cannot be merged: no weight of the module computes the same.")
         return with_product(weight, factors), bias
 
+    @property
+    def folds(self) -> bool:
+        """Whether it says how it is folded into the weight, with `fold` or `factors`."""
+        return type(self).fold is not Delta.fold or self.factors() is not None
+
     def factors(self) -> Factors | None:
         """A and B, if what this adds to the weight is B A, whatever the weight is; otherwise None.
 

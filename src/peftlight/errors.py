@@ -1,7 +1,11 @@
 """The one kind of error that peftlight shows to a person."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Characters that end a line, steer a terminal, or turn the direction of writing."""
 
 
 class UserError(Exception):
@@ -27,3 +31,13 @@ def listed(items: Iterable[object], most: int = 8) -> str:
     shown = [str(item) for item in items]
     rest = len(shown) - most
     return ", ".join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def is_one_line(text: str) -> bool:
+    """Whether the text holds nothing that ends a line, steers a terminal, or turns the direction of writing."""
+    return _UNSEEN.search(text) is None
+
+
+def one_line(text: str) -> str:
+    """The text with such characters as escapes, so that a reader sees all of it, and in one line."""
+    return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)

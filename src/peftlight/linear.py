@@ -34,10 +34,11 @@ def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear layer as (out, in), detached; of an embedding or convolution as it is stored.
 
     Raises:
-        UserError: the weight is stored quantized, so that it cannot be read as numbers.
+        UserError: the weight is stored quantized, so that it cannot be read as numbers: as integers, or as eight-bit
+            floats, which have their scale elsewhere.
     """
     weight = module.get_parameter("weight").detach()
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.element_size() < 2:
         raise UserError(f"The weight of this {type(module).__name__} is quantized ({weight.dtype}).")
     return weight.T if is_conv1d(module) else weight
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from peftlight.delta import Factors
 
-_NEGLIGIBLE = torch.finfo(torch.float32).eps
+_FLOAT32 = torch.finfo(torch.float32).eps
+_FLOAT64 = torch.finfo(torch.float64).eps
 
 
 class SVD(NamedTuple):
@@ -58,15 +59,14 @@ class Matrix:
 
     @cached_property
     def svd(self) -> SVD:
-        """The singular value decomposition, up to the rank that float32 resolves (as `numpy` counts a matrix's)."""
-        found = _svd_of_whole(self.dense()) if self.factors is None else _svd_of_product(*self.factors)
-        rank = int((found.S / found.S[:1] > _NEGLIGIBLE * max(self.shape)).sum())
-        return SVD(found.U[:, :rank], found.S[:rank], found.V[:, :rank])
+        """The singular value decomposition, without what rounding in float64 could have made up."""
+        return _svd_of_whole(self.dense()) if self.factors is None else _svd_of_product(*self.factors)
 
     @property
     def rank(self) -> int:
-        """The number of singular values that are not negligible."""
-        return len(self.svd.S)
+        """The number of singular values that float32 resolves: rounding M to it moves each by less than eps ‖M‖_F."""
+        resolved = _FLOAT32 * self.norm()
+        return int((resolved < self.svd.S).sum())
 
     def norm(self) -> float:
         """‖M‖_F."""
@@ -122,14 +122,18 @@ def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _svd_of_product(A: Tensor, B: Tensor) -> SVD:
     Q, core, P = _core(A, B)
     U, S, Vt = torch.linalg.svd(core, full_matrices=False)
-    return SVD(Q @ U, S, P @ Vt.T)
+    rounding = _FLOAT64 * len(A) * torch.linalg.vector_norm(A) * torch.linalg.vector_norm(B)
+    found = rounding < S
+    return SVD(Q @ U[:, found], S[found], P @ Vt.T[:, found])
 
 
 def _svd_of_whole(matrix: Tensor) -> SVD:
-    """From the eigenvectors of MᵀM or M Mᵀ, the smaller one: faster, and exact far below what float32 resolves."""
+    """From the eigenvectors of MᵀM or M Mᵀ, the smaller one: faster, and exact down to about 1e-7 of the largest."""
     if matrix.shape[0] < matrix.shape[1]:
         U, S, V = _svd_of_whole(matrix.T)
         return SVD(V, S, U)
     squares, V = torch.linalg.eigh(matrix.T @ matrix)
-    S, V = squares.clamp(min=0).sqrt().flip(0), V.flip(1)
-    return SVD(matrix @ V / S.clamp(min=torch.finfo(S.dtype).tiny), S, V)
+    squares, V = squares.flip(0), V.flip(1)
+    found = squares > _FLOAT64 * len(squares) * squares[:1]
+    S, V = squares[found].sqrt(), V[:, found]
+    return SVD(matrix @ V / S, S, V)

@@ -12,7 +12,8 @@ from peftlight.adapters import Adapters
 from peftlight.errors import UserError, listed
 from peftlight.handover.hub import adapter_folder
 from peftlight.interop import Record, read_record
-from peftlight.pretrained import Dtype, Source
+from peftlight.opening import Opening
+from peftlight.pretrained import Source
 
 
 @dataclass
@@ -36,22 +37,13 @@ class Opened:
         return self.source.load_tokenizer()
 
 
-def open_adapters(
-    given: Sequence[str],
-    base: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: Dtype = "float32",
-) -> Opened:
+def open_adapters(given: Sequence[str], opening: Opening) -> Opened:
     """Load the base of the adapters, and all of them on it.
 
     Args:
         given: for each adapter its folder or its name on the hub (USER/NAME, USER/NAME@REVISION); with NAME= before it
-            if it is to have another name. With `base` there may be none.
-        base: the base instead of the one that the adapters name.
-        revision: of the base, likewise.
-        trust_remote_code: whether Python code of the base's repository may run; no adapter decides this.
-        dtype: number format of the base.
+            if it is to have another name. With a base there may be none.
+        opening: on which base, and what is allowed.
 
     Raises:
         UserError: a folder holds no adapter, the adapters belong to several bases or tasks, or do not fit the base.
@@ -59,18 +51,20 @@ def open_adapters(
     folders = named_folders(given)
     records = {name: read_record(folder) for name, folder in folders.items()}
     bases = {name: record.base for name, record in records.items()}
+    base, revision = opening.base, opening.revision
     if not given and base is None:
         raise UserError("Say which base: --base NAME.")
     if base is None:
         base = _agreed("base", {name: record.name for name, record in bases.items()})
         revision = revision or _agreed("revision", {name: record.revision for name, record in bases.items()})
-    source = Source(str(base), revision, trust_remote_code)
+    source = Source(str(base), revision, opening.trust_remote_code)
     tasks: dict[str, str | None] = {name: record.auto_class or _class_of(source) for name, record in bases.items()}
     auto_class = _agreed("task", tasks or {"base": _class_of(source)})
-    model, new = source.load_model(auto_class, dtype, new_head=True, **_labels(records))
+    model, new = source.load_model(auto_class, opening.dtype or "float32", new_head=True, **_labels(records))
     opened = Opened(source, auto_class, model.eval(), Adapters(model), records, new)
+    allowed = {"other_base": opening.other_base, "convert_pickle": opening.convert_pickle}
     for name, folder in folders.items():
-        adapter = opened.adapters.load(folder, name)
+        adapter = opened.adapters.load(folder, name, **allowed)
         if lost := sorted(set(new) - set(adapter.state())):
             raise UserError(f"The head is missing: neither {source.name} nor {folder} has weights for {listed(lost)}.")
     return opened
@@ -103,7 +97,8 @@ def _agreed(what: str, values: dict[str, str | None]) -> Any:
     """The one value that all adapters have."""
     if len(set(values.values())) > 1:
         each = "; ".join(f"{name}: {value or 'not said'}" for name, value in values.items())
-        raise UserError(f"The adapters do not have the same {what} ({each}), so they cannot share one model.")
+        raise UserError(f"The adapters do not have the same {what} ({each}), so they cannot share one model."
+                        f"{' If these are names of one: --base NAME.' if what == 'base' else ''}")  # fmt: skip
     value = next(iter(values.values()))
     if value is None and what == "base":
         raise UserError(f"{listed(values)} does not say which base it was trained on: give it with --base.")
@@ -113,13 +108,13 @@ def _agreed(what: str, values: dict[str, str | None]) -> Any:
 def _class_of(source: Source) -> str:
     """The class for an adapter that does not say its task: that of the base's own files."""
     architecture = next(iter(source.load_config().architectures or ()), "")
-    for ending, auto_class in _CLASSES.items():
+    for ending, auto_class in _CLASSES_BY_ENDING.items():
         if ending in architecture:
             return auto_class
     return "AutoModel"
 
 
-_CLASSES = {
+_CLASSES_BY_ENDING = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",

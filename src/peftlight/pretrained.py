@@ -47,11 +47,14 @@ class Source:
         it is false, and not None, the message says that it can be chosen.
 
         Raises:
-            UserError: there is no such model, or it cannot be made into `auto_class`.
+            UserError: there is no such model or class, or the one cannot be made into the other.
         """
         import transformers
 
-        loader = getattr(transformers, auto_class)
+        loader: Any = getattr(transformers, auto_class, None)
+        if not hasattr(loader, "from_pretrained"):
+            known = [name for name in dir(transformers) if name.startswith("AutoModel")]
+            raise UserError(f"transformers has no class {auto_class!r} that loads a model.{nearest(auto_class, known)}")
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         try:
             with without_remarks():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftlight.delta import AdaptedForward, Base
 from peftlight.errors import UserError, listed
 from peftlight.linear import is_linear
+from peftlight.row_order import RowOrder
 from peftlight.strategy import Adapter
 
 _APART = (nn.Embedding, nn.LayerNorm)
@@ -32,19 +33,25 @@ def by_rows(
 
     Args:
         adapters: by name; all of one model.
-        names: one for each row; where the model repeats rows (beams), each repetition goes with its row.
+        names: one for each row; where `generate` repeats rows (beams), each repetition goes with its row.
         all_off: switches all adapters of the model off within its block.
 
     Raises:
-        UserError: an adapter does not act on each row apart.
+        UserError: an adapter does not act on each row apart. Within the block: the batch has another number of rows,
+            or the model does not keep them in the first dimension.
     """
     for adapter in adapters.values():
         _check(adapter)
-    sites: dict[nn.Module, _Parted] = {}
-    for name, adapter in adapters.items():
-        for module, call in _calls(adapter):
-            sites.setdefault(module, _Parted(module, names)).calls[name] = call
-    with all_off(), torch.no_grad():
+    if not adapters:
+        with all_off(), torch.no_grad():
+            yield
+        return
+    order = RowOrder(next(iter(adapters.values())).model, len(names))
+    with all_off(), torch.no_grad(), order.watched():
+        sites: dict[nn.Module, _Parted] = {}
+        for name, adapter in adapters.items():
+            for module, call in _calls(adapter):
+                sites.setdefault(module, _Parted(module, names, order)).calls[name] = call
         before = {module: module.__dict__.get("forward") for module in sites}
         try:
             for module, parted in sites.items():
@@ -61,6 +68,7 @@ class _Parted:
 
     module: nn.Module
     names: Sequence[str | None]
+    order: RowOrder
     calls: dict[str, Call] = field(default_factory=dict)
     """The forward of each adapter that changes this module; the others' rows are computed by the module's own."""
 
@@ -68,12 +76,10 @@ class _Parted:
         self.own = _own_forward(self.module)
 
     def __call__(self, x: Tensor) -> Tensor:
-        repeated, rest = divmod(len(x), len(self.names))
-        if rest:
-            raise UserError(
-                f"The batch was said to have {len(self.names)} rows, but a {type(self.module).__name__} in it got "
-                f"{len(x)}, which is no multiple: give one adapter name for each row."
-            )
+        repeated = self.order.repeats(self.module, x)
+        if self.order.tried:
+            own: Tensor = self.own(x)
+            return own
         y: Tensor | None = None
         for name in dict.fromkeys(name if name in self.calls else None for name in self.names):
             mine = [(each if each in self.calls else None) == name for each in self.names]
@@ -91,11 +97,10 @@ class _Parted:
 
 
 def _check(adapter: Adapter) -> None:
-    modules = {site: adapter.model.get_submodule(site) for site in adapter.sites}
-    modules |= {name.rpartition(".")[0]: adapter.model.get_submodule(name.rpartition(".")[0])
-                for name in adapter.originals}  # fmt: skip
-    others = [name for name, module in modules.items() if not (is_linear(module) or isinstance(module, _APART))]
-    if others or adapter.merged:
+    modules = [adapter.model.get_submodule(site) for site in adapter.sites] + list(_values(adapter))
+    odd = {module for module in modules if not (is_linear(module) or isinstance(module, _APART))}
+    if odd or adapter.merged:
+        others = [name for name, module in adapter.model.named_modules() if module in odd]
         why = "it is merged" if adapter.merged else f"it changes {listed(others, 3)}"
         raise UserError(
             f"The adapter {adapter.name!r} ({type(adapter.strategy).__name__}) cannot serve single rows of a batch: "
@@ -105,12 +110,8 @@ def _check(adapter: Adapter) -> None:
 
 def _calls(adapter: Adapter) -> Iterator[tuple[nn.Module, Call]]:
     """The modules that the adapter changes, and their forward with it alone."""
-    own = {name: value for name, value in adapter.state().items() if name in adapter.originals}
     sites = {adapter.model.get_submodule(site): delta for site, delta in adapter.sites.items()}
-    values: dict[nn.Module, dict[str, Tensor]] = {}
-    for name, value in own.items():
-        path, _, leaf = name.rpartition(".")
-        values.setdefault(adapter.model.get_submodule(path), {})[leaf] = value
+    values = _values(adapter)
     for module in dict.fromkeys([*sites, *values]):
         call: Call = _own_forward(module)
         if module in sites:
@@ -118,6 +119,18 @@ def _calls(adapter: Adapter) -> Iterator[tuple[nn.Module, Call]]:
         if module in values:
             call = partial(_with_values, module, values[module], call)
         yield module, call
+
+
+def _values(adapter: Adapter) -> dict[nn.Module, dict[str, Tensor]]:
+    """What the adapter trains in place, by every module that holds it: a tied tensor has several."""
+    tensors = adapter.model.state_dict(keep_vars=True)
+    own = {id(tensors[name]): value for name, value in adapter.state().items() if name in adapter.originals}
+    found: dict[nn.Module, dict[str, Tensor]] = {}
+    for module in adapter.model.modules():
+        for leaf, tensor in (*module.named_parameters("", False, False), *module.named_buffers("", False, False)):
+            if id(tensor) in own:
+                found.setdefault(module, {})[leaf] = own[id(tensor)]
+    return found
 
 
 def _with_values(module: nn.Module, values: Mapping[str, Tensor], call: Call, x: Tensor) -> Tensor:

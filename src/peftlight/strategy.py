@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from peftlight.delta import CHILD, Delta, beneath, install, remove, unchanged_on_error
 from peftlight.errors import UserError, listed
+from peftlight.head_size import tell_sizes
 from peftlight.linear import weight_of, write_weight
 from peftlight.paths import first_names
 from peftlight.targets import matching
@@ -95,13 +97,19 @@ class Adapter:
     trained: list[str] = field(default_factory=list)
     """Names of the base's modules and parameters trained in place."""
     originals: dict[str, Tensor] = field(default_factory=dict)
-    """The values that `trained` had before, where they are kept."""
+    """The values that `trained` had before, where they are kept.
+
+    These and the two below lie outside the model: they follow it to its device, but not when it is cast to another
+    precision, for they are what restores the base bit for bit. Cast a model before there are adapters on it.
+    """
     merged: dict[str, Tensor] = field(default_factory=dict)
     """The values, before `merge`, of what it wrote."""
     enabled: bool = True
     """Whether the model computes with it; see `enable` and `disable`."""
     aside: dict[str, Tensor] = field(default_factory=dict)
     """While it is off: the values that it gives to the base's own tensors."""
+    labels: dict[str, Any] = field(default_factory=dict)
+    """Where it has a head of its own size: what the config says of the classes without it; while it is off, with it."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this adapter trains, by its name in the model."""
@@ -110,6 +118,7 @@ class Adapter:
 
     def state(self) -> dict[str, Tensor]:
         """All that must be kept, detached: parameters and buffers by their names in the model, shared ones once."""
+        self._follow()
         base, first = self.model.state_dict(keep_vars=True), first_names(self.model)
         owned = _owned(base, [], self.trained, self.name)
         kept = {name: value for name, value in base.items() if name in owned}
@@ -225,14 +234,14 @@ class Adapter:
         module, where = self.model.get_submodule(site), self._where(site)
         if below := beneath(module, self.name):
             raise UserError(f"{where}{listed(below)} lies beneath it; merge that one first.")
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter):
+        if not isinstance(getattr(module, "weight", None), nn.Parameter):
             raise UserError(f"{where}this {type(module).__name__} has no weight to fold into.")
         bias = module.get_parameter("bias").detach() if getattr(module, "bias", None) is not None else None
-        dtype = torch.promote_types(weight.dtype, torch.float32)
         try:
+            weight = weight_of(module)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
             with torch.no_grad():
-                return self.sites[site].fold(weight_of(module).to(dtype), None if bias is None else bias.to(dtype))
+                return self.sites[site].fold(weight.to(dtype), None if bias is None else bias.to(dtype))
         except UserError as error:
             raise UserError(f"{where}{error}") from None
 
@@ -302,7 +311,14 @@ class Adapter:
         held = {name: tensor.data for name, tensor in tensors.items()}
         for name, value in values.items():
             tensors[name].data = value.to(tensors[name].device)
+        self.labels = tell_sizes(self.model, held, self.labels)
         return held
+
+    def _follow(self) -> None:
+        """Bring what is kept beside the model to where its tensors are; nothing is copied on the same device."""
+        for kept in (self.originals, self.merged, self.aside):
+            for name, value in kept.items():
+                kept[name] = value.to(self._tensor(name).device)
 
     def _prefix(self, site: str) -> str:
         """What the names of a site's tensors begin with in the model."""

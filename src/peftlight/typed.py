@@ -1,7 +1,7 @@
 """Whether plain data, as JSON and YAML hold it, is of the kind that a type hint asks for."""
 
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 _PLAIN = (str, bool, NoneType, list, dict)
 
@@ -20,11 +20,23 @@ def fits(value: object, hint: Any) -> bool:
         return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if is_typeddict(hint):
+        return isinstance(value, dict) and _has_keys(value, hint)
     if hint in (int, float):
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return hint not in _PLAIN or isinstance(value, hint)
 
 
+def _has_keys(value: dict[Any, Any], hint: Any) -> bool:
+    """Whether the keys are there that must be, with values of their kinds; there may be others."""
+    kinds = get_type_hints(hint)
+    return hint.__required_keys__ <= value.keys() and all(fits(value[key], kinds[key]) for key in kinds if key in value)
+
+
 def kind_of(hint: Any) -> str:
     """The hint as a person reads it."""
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join("None" if one is NoneType else kind_of(one) for one in get_args(hint))
+    if is_typeddict(hint):
+        return f"an object with {', '.join(sorted(get_type_hints(hint)))}"
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")

@@ -128,6 +128,18 @@ def test_a_full_context_loses_its_oldest_turns_with_a_note(
     assert f"the model has {POSITIONS}. Shorten it." in said
 
 
+def test_a_question_that_does_not_fit_alone_leaves_the_turns_before_it(
+    shelf: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [shelf["lora"], "--max_new_tokens", 3]
+    expected, _ = chat(capsys, monkeypatch, "a film\nsee\nx\n", *options)
+    lines, said = chat(capsys, monkeypatch, f"a film\nsee\n{'x' * POSITIONS}\nx\n", *options)
+    assert lines == expected
+    assert lines[-1:] != printed("lora", answer(shelf, "lora", "<user>x[PAD]<assistant>", 3))[-1:]
+    assert "Shorten it." in said
+    assert "forgotten" not in said
+
+
 def test_without_a_template_the_format_is_plain(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

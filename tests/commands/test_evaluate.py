@@ -1,5 +1,6 @@
 """`peftlight evaluate`: the figures of each run's own validation, side by side, and of the base as it comes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from commands.trained import COMMAND_LINE, fitted, lightning, metrics_of
+from peftlight import data
 from peftlight.cli import main
+from peftlight.errors import UserError
+from peftlight.on_data.run_config import ROWS, config_of_run
 
 pytestmark = COMMAND_LINE
 
@@ -220,6 +224,40 @@ def test_a_configuration_that_was_not_named_runs_no_code_of_others(
     (copy / "config.yaml").write_text(text.replace("peftlight.data.SST2", "stranger.SST2"))
     assert main(["evaluate", str(copy), "--config", str(copy / "config.yaml")]) == 0
     assert (tmp_path / "ran").exists()
+
+
+def test_a_configuration_that_was_not_named_does_not_say_where_files_are_written(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    copy, there = tmp_path / "copy", tmp_path / "written"
+    for file in runs["lora"].rglob("*"):
+        if file.is_file() and "checkpoints" not in file.parts:
+            (copy / file.relative_to(runs["lora"])).parent.mkdir(parents=True, exist_ok=True)
+            (copy / file.relative_to(runs["lora"])).write_bytes(file.read_bytes())
+    text = (copy / "config.yaml").read_text()
+    assert "cache_dir: null" in text
+    (copy / "config.yaml").write_text(text.replace("cache_dir: null", f"cache_dir: {there}"))
+    assert main(["evaluate", str(copy)]) == 0
+    assert not there.exists()
+    assert main(["evaluate", str(copy), "--config", str(copy / "config.yaml")]) == 0
+    assert there.exists()
+
+
+def test_every_option_of_data_is_known_to_say_what_rows_are_or_where_files_go() -> None:
+    kinds = [kind for name in data.__all__ if issubclass(kind := getattr(data, name), data.DataFamily)]
+    options = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert options == ROWS | {"cache_dir"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["model: [1]", "model: {class_path: 3}", "data: {init_args: 3}", "trainer: []", "trainer: {precision: [16]}"],
+)
+def test_a_damaged_configuration_is_refused(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(damage)
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(UserError, match=r"config\.yaml:.*(model|data|trainer|init_args)"):
+        config_of_run(tmp_path)
 
 
 def test_the_help_is_quick() -> None:

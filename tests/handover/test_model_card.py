@@ -141,7 +141,7 @@ def test_no_text_of_the_users_is_taken_for_markup(run: Path, where: str) -> None
     if where == "data":
         record["data"]["source"] = EVIL
     elif where == "base":
-        record["base"]["name"] = EVIL
+        record["base"]["name"] = EVIL.replace("\n", " ")
     elif where == "labels":
         record["label_names"] = [EVIL, "b", "c"]
     else:

@@ -2,14 +2,18 @@
 
 import json
 import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from models import make
 from peftlight import PEFTStrategy, attach, save_adapter
+from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
 from peftlight.handover.serving import serving_lines
 from peftlight.strategies import (
@@ -125,6 +129,48 @@ def test_a_base_in_a_folder(tmp_path: Path) -> None:
 def test_what_cannot_be_merged_is_not_offered_to_them(tmp_path: Path, strategy: PEFTStrategy) -> None:
     lines = serving_lines(saved(tmp_path, strategy))
     assert commands(lines) == [["peftlight", "chat", str(tmp_path)]]
+
+
+@dataclass
+class Doubling(PEFTStrategy):
+    """Somebody's own: of no weight is its delta a change, or it says how."""
+
+    folding: bool = False
+
+    def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
+        yield "model.layers.0.mlp.up_proj", FoldedGate() if self.folding else Gate()
+
+
+class Gate(Delta):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        return base(x) * self.gate
+
+
+class FoldedGate(Gate):
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.gate, bias
+
+
+@pytest.mark.parametrize(("folding", "word"), [(False, "chat"), (True, "merge")])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_strategy_of_ones_own_is_merged_if_its_deltas_fold(
+    tmp_path: Path, folding: bool, word: str, stacked: bool
+) -> None:
+    own = Doubling(folding)
+    lines = serving_lines(saved(tmp_path, Stack([LoRA(rank=2), own]) if stacked else own))
+    assert commands(lines)[0][:2] == ["peftlight", word]
+
+
+def test_a_prompt_without_a_record_is_known_by_its_config(tmp_path: Path) -> None:
+    saved(tmp_path, PromptTuning())
+    (tmp_path / "peftlight.json").unlink()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
+    assert commands(serving_lines(tmp_path)) == [["peftlight", "chat", str(tmp_path)]]
 
 
 def test_a_classifier_is_not_offered_to_servers_of_text(tmp_path: Path) -> None:

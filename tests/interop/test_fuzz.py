@@ -1,4 +1,7 @@
-"""2,000 damaged adapter folders: each loads and computes right, or is refused and leaves the model as it was."""
+"""2,000 damaged adapter folders: each loads and computes right, or is refused and leaves the model as it was.
+
+A share of them goes to the command line and into `Adapters` too, as a stranger's folder does.
+"""
 
 import copy
 import random
@@ -13,12 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import Tensor, nn
 
 from interop.mutations import MARKER, mutate
 from models import inputs_for, make
-from peftlight import Adapter, PEFTStrategy, attach, load_adapter, save_adapter
+from peftlight import Adapter, Adapters, PEFTStrategy, attach, load_adapter, save_adapter
+from peftlight.cli import main
 from peftlight.errors import UserError
+from peftlight.opened import open_adapters
+from peftlight.opening import Opening
 from peftlight.strategies import (
     IA3,
     AdaLoRA,
@@ -42,6 +49,7 @@ SECONDS = 10
 MEMORY = 2 << 30
 """Beyond what the process has already."""
 PARTS, EACH = 8, 250
+COMMANDS = [["inspect", "--files_only", "true"], ["inspect"], ["push", "--repo", "me/mine"]]
 
 METHODS: list[Callable[[], PEFTStrategy]] = [
     lambda: LoRA(rank=4),
@@ -67,14 +75,16 @@ METHODS: list[Callable[[], PEFTStrategy]] = [
 class Saved:
     """One good adapter and what it computes."""
 
-    def __init__(self, strategy: PEFTStrategy, folder: Path) -> None:
+    def __init__(self, strategy: PEFTStrategy, folder: Path, base: Path) -> None:
         self.folder = folder
         adapter = attach(make("bert"), strategy, modules_to_train=["classifier"])
         torch.manual_seed(11)
         with torch.no_grad():
             for parameter in adapter.parameters().values():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        save_adapter(adapter, folder)
+        known = {"name": str(base), "auto_class": "AutoModelForSequenceClassification"}
+        encoder = {"encoder": "PlainTextEncoder"}
+        save_adapter(adapter, folder, {"base": known, "data": {"source": "a/b", "encoder": encoder}, "seed": 1})
         again = load_adapter(make("bert"), folder)
         self.state, self.output = copied(again.state()), computed(again.model)
         torch.testing.assert_close(self.output, computed(adapter.model))
@@ -83,7 +93,8 @@ class Saved:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> list[Saved]:
     root = tmp_path_factory.mktemp("good")
-    return [Saved(method(), root / str(number)) for number, method in enumerate(METHODS)]
+    make("bert").save_pretrained(root / "base")
+    return [Saved(method(), root / str(number), root / "base") for number, method in enumerate(METHODS)]
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -116,6 +127,62 @@ def test_damaged_folders(part: int, good: list[Saved], tmp_path: Path) -> None:
         shutil.rmtree(folder)
     assert loaded > EACH // 10
     assert refused > EACH // 3
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_damaged_folders_on_the_command_line(
+    part: int, good: list[Saved], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a folder holds, a command does its work or says what is wrong: exit code 0 or 2."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    codes = []
+    for number in range(part * EACH, (part + 1) * EACH, 5):
+        rng = random.Random(number)
+        case, folder = rng.choice(good), tmp_path / "run" / "adapter"
+        shutil.copytree(case.folder, folder)
+        mutate(folder, rng)
+        command, *options = COMMANDS[number // 5 % len(COMMANDS)]
+        with limited():
+            codes.append(main([command, str(folder), *options]))
+        shown = capsys.readouterr()
+        assert codes[-1] in (0, 2), f"case {number}: {command}: {shown.err}"
+        assert command != "push" or codes[-1] == 2, f"case {number}"
+        assert "\x1b" not in shown.out + shown.err, f"case {number}"
+        shutil.rmtree(tmp_path / "run")
+    assert {0, 2} == set(codes)
+
+
+def test_damaged_folders_are_opened_or_refused(good: list[Saved], tmp_path: Path) -> None:
+    model = make("bert")
+    before, codes = Before(model), []
+    for number in range(0, PARTS * EACH, 10):
+        rng = random.Random(number)
+        case, folder = rng.choice(good), tmp_path / "adapter"
+        shutil.copytree(case.folder, folder)
+        mutate(folder, rng)
+        try:
+            with limited():
+                if number % 40:
+                    adapters = Adapters(model)
+                    adapters.load(folder, "one", convert_pickle=True)
+                    adapters.use("one")
+                    assert computed(model).isfinite().all()
+                    adapters.delete("one")
+                else:
+                    open_adapters([str(folder)], Opening(base=str(case.folder.parent / "base")))
+            codes.append(0)
+        except UserError:
+            codes.append(2)
+        except BaseException as error:
+            raise AssertionError(f"case {number}: {type(error).__name__}: {error}") from error
+        model.requires_grad_(True)
+        assert before.same(), f"case {number}"
+        shutil.rmtree(folder)
+        for left in tmp_path.glob("*-blob"):
+            left.unlink()
+    assert {0, 2} == set(codes)
 
 
 def check_loaded(adapter: Adapter, case: Saved, harmless: bool, same_tensors: bool) -> None:

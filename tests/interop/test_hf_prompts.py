@@ -301,7 +301,7 @@ def test_trained_embeddings_that_hf_peft_does_not_use_are_refused(tmp_path: Path
     [
         ({"class_path": "LoRA", "init_args": {}}, "The record is of LoRA"),
         ({"class_path": "PromptTuning", "init_args": {"num_virtual_tokens": 4}}, "but the files hold PromptTuning"),
-        ({"class_path": "PromptTuning"}, "expected a class_path and init_args"),
+        ({"class_path": "PromptTuning"}, "expected an object with class_path"),
         ({"class_path": "PromptTuning", "init_args": {"compat": "hf"}}, "compat is 'hf'"),
     ],
 )

@@ -83,7 +83,7 @@ def test_without_a_name_the_base_is_called_as_its_config_says(tmp_path: Path) ->
 def test_a_record_that_json_cannot_hold(tmp_path: Path) -> None:
     for value in (float("nan"), {1, 2}):
         with pytest.raises(UserError, match="record's fields cannot be saved"):
-            saved(tmp_path, record={"data": {"source": value}})
+            saved(tmp_path, record={"data": {"note": value}})
     assert list(tmp_path.iterdir()) == []
 
 

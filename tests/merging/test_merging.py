@@ -19,15 +19,18 @@ from models import MODELS, make
 from peftlight import Adapter, PEFTStrategy, attach, save_adapter
 from peftlight.adapters import Adapters
 from peftlight.errors import UserError
+from peftlight.linear import weight_of
 from peftlight.merging import merging
 from peftlight.merging.certificate import Certificate
 from peftlight.merging.merging import save_merged
+from peftlight.merging.plain_model import plain_model
 from peftlight.merging.probes import difference
 from peftlight.strategies import IA3, BitFit, Full, LoRA, Stack, TrainableTokens
 from peftlight.strategies.lora_layers import LinearLoRA
 from recipes import RECIPES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SLOW, OTHERS = pytest.mark.slow, sorted(MODELS.keys() - {"bert", "t5"})
 
 
@@ -195,12 +198,69 @@ _write = merging.write_model
 def test_what_is_on_the_disk_is_compared_not_what_is_in_memory(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(merging, "write_model", wrong_weight)
     adapter = stirred(make("bert"), LoRA(rank=2), ["classifier"])
-    message = r"out is not written: .* by [\d.e-]+ at most, [\d.]+e-0[34] of the largest score .* \(allowed: 1e-05\)"
-    with pytest.raises(UserError, match=message):
-        save_merged(adapter, tmp_path / "out", probes_for("bert"))
+    for dtype in DTYPES:
+        message = r"1 of \d+ tensors are not what was written: bert.encoder.layer.0.output.dense.weight"
+        with pytest.raises(UserError, match=message):
+            save_merged(adapter, tmp_path / "out", probes_for("bert"), dtype=dtype, tolerance=1.0)
+        assert not list(tmp_path.iterdir())
+
+
+def folded_wrongly(share: float, only: str = "") -> Any:
+    """`Adapter.folded` with this share of the change, at one site or at all."""
+
+    def folded(adapter: Adapter, site: str) -> Any:
+        weight, bias = _folded(adapter, site)
+        before = weight_of(adapter.model.get_submodule(site)).to(weight.dtype)
+        return (before + share * (weight - before) if site == only or not only else weight), bias
+
+    return folded
+
+
+_folded = Adapter.folded
+SITE = "model.layers.1.self_attn.v_proj"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("share", "only"), [(0.0, ""), (0.0, SITE), (0.9, ""), (2.0, "")])
+@pytest.mark.parametrize("by", [0.05, 1e-4])
+def test_a_fold_that_loses_something_is_refused_in_each_format(
+    dtype: torch.dtype, share: float, only: str, by: float, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """With a small adapter, whose change rounding hides in the scores, too."""
+    adapter = stirred(make("llama").to(dtype), LoRA(rank=2, target_modules="all-linear"), by=by)
+    monkeypatch.setattr(Adapter, "folded", folded_wrongly(share, only))
+    with pytest.raises(UserError, match=f"not written: .* At {only or 'model.layers'}.* outputs are off by"):
+        save_merged(adapter, tmp_path / "out", probes_for("llama"), tolerance=1.0)
     assert not list(tmp_path.iterdir())
-    certificate = save_merged(adapter, tmp_path / "out", probes_for("bert"), tolerance=1e-2)
-    assert certificate.passes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_that_was_not_put_among_what_is_written_is_refused(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: Any
+) -> None:
+    adapter = stirred(make("llama").to(dtype), LoRA(rank=2), by=0.3)
+
+    def forgetful(*given: Any) -> Any:
+        plain = plain_model(*given)
+        plain.state[f"{SITE}.weight"] = adapter.model.get_parameter(f"{SITE}.weight").detach()
+        return plain
+
+    monkeypatch.setattr(merging, "plain_model", forgetful)
+    with pytest.raises(UserError, match=f"At {SITE} what was to be written is not its folded weight, rounded"):
+        save_merged(adapter, tmp_path / "out", probes_for("llama"), tolerance=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recipe", ["lora", "dora", "ia3", "hyperlora"])
+@pytest.mark.parametrize("by", [1e-7, 0.05])
+def test_right_folds_pass_in_each_format_however_small(
+    dtype: torch.dtype, recipe: str, by: float, tmp_path: Path
+) -> None:
+    adapter = stirred(make("llama").to(dtype), RECIPES[recipe](), by=by)
+    certificate = save_merged(adapter, tmp_path / "out", probes_for("llama"))
+    assert certificate.folding is not None
+    assert certificate.folding < 1e-6
+    assert json.loads((tmp_path / "out" / "merge.json").read_text())["folding"] == certificate.folding
 
 
 @pytest.mark.parametrize("amount", [float("nan"), float("inf")])
@@ -292,14 +352,15 @@ def test_an_adapter_that_is_off_or_merged_is_refused(tmp_path: Path) -> None:
         save_merged(adapter, tmp_path / "out", probes_for("bert"))
 
 
-def test_another_adapter_that_is_on_is_noticed(tmp_path: Path) -> None:
+def test_another_adapter_that_is_on_is_refused(tmp_path: Path) -> None:
     """It is no part of what is written."""
     model = make("bert")
     first = stirred(model, LoRA(rank=2))
-    attach(model, LoRA(rank=2, target_modules=["key"]), "other")
-    torch.nn.init.normal_(model.get_submodule("bert.encoder.layer.0.attention.self.key").deltas["other"].B)
-    with pytest.raises(UserError, match="does not compute what base and adapter do"):
+    other = attach(model, LoRA(rank=2, target_modules=["key"]), "other")
+    with pytest.raises(UserError, match="other is on too; what is merged is 'default' alone"):
         save_merged(first, tmp_path / "out", probes_for("bert"))
+    other.disable()
+    save_merged(first, tmp_path / "out", probes_for("bert"))
 
 
 def test_a_whole_model_trained_in_place_is_written(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from peftlight.delta import Factors
 from peftlight.errors import UserError, listed, nearest
 from peftlight.matrices import Matrix
 from peftlight.paths import heads_of, inside
-from peftlight.strategy import Adapter
+from peftlight.strategy import Adapter, adapters_on
 from peftlight.updates import Updates
 
 
@@ -23,7 +23,7 @@ class Combination:
     """An adapter made of others."""
 
     adapter: Adapter
-    """On the model and on; those that it is made of are off."""
+    """On the model and on; all others there are off."""
     errors: dict[str, float]
     """By module, ‖ΔW - B A‖_F / ‖ΔW‖_F of what the method gave, ΔW, and what its rank could hold of that."""
 
@@ -39,7 +39,7 @@ def combine(
     name: str = "combined",
     heads_from: str | None = None,
 ) -> Combination:
-    """Make one adapter of several, which stay on the model, off.
+    """Make one adapter of several, which stay on the model; the new one is on, every other one off.
 
     Updates of weights become a LoRA, exact with `sum`, else the nearest of a rank. What is trained in place (biases,
     norms) changes by what the method makes of the changes. A head that stands outside the pretrained model has no
@@ -62,7 +62,7 @@ def combine(
     weights = [1.0] * len(adapters) if weights is None else weights
     _check(adapters, weights, method, rank, density)
     settings = Settings(density or DENSITIES.get(method, 1.0), torch.Generator().manual_seed(seed))
-    with torch.no_grad(), _all_off(adapters):
+    with torch.no_grad(), _all_off({*adapters, *adapters_on(adapters[0].model)}):
         updates = [Updates(adapter) for adapter in adapters]
         _check_weights_only(updates)
         heads = _heads(updates, heads_from)
@@ -98,12 +98,12 @@ def _check(
 
 
 @contextmanager
-def _all_off(adapters: Sequence[Adapter]) -> Iterator[None]:
+def _all_off(adapters: Collection[Adapter]) -> Iterator[None]:
     """Switch the adapters off; on again if the block fails."""
     used = [adapter for adapter in adapters if adapter.enabled]
-    for adapter in adapters:
-        adapter.disable()
     try:
+        for adapter in used:
+            adapter.disable()
         yield
     except BaseException:
         for adapter in used:
@@ -123,24 +123,37 @@ def _check_weights_only(updates: Sequence[Updates]) -> None:
 
 
 def _heads(updates: Sequence[Updates], chosen: str | None) -> dict[str, Tensor]:
-    """The values of the heads, all from one adapter, by name."""
-    model = updates[0].adapter.model
-    pretrained = getattr(model, "get_output_embeddings", lambda: None)()
-    paths = {path for path in heads_of(model) if model.get_submodule(path) is not pretrained}
-    owned = {each.adapter.name: {name: each for name in each if inside(name, paths)} for each in updates}
-    owned = {name: own for name, own in owned.items() if own}
+    """The values of the heads, all from one adapter, by name.
+
+    What trains but the bias of a head, as `bias="all"` does, starts from the base's head as all others do.
+    """
+    owned = {each.adapter.name: own for each in updates if (own := _whole_heads(each))}
     if chosen is not None and chosen not in owned:
         raise UserError(
             f"heads_from is {chosen!r}.{nearest(chosen, owned)} Heads are trained by {listed(owned) or '-'}."
         )
-    if chosen is None and len(owned) > 1:
-        trained = sorted({name for own in owned.values() for name in own})
+    paths = {name.rpartition(".")[0] for own in owned.values() for name in own}
+    trained = [(each.adapter.name, name) for each in updates for name in each if inside(name, paths)]
+    if chosen is None and len(by := {adapter for adapter, _ in trained}) > 1:
         raise UserError(
-            f"{listed(owned)} each train a head ({listed(trained, 3)}), which began at random: a sum of them means "
-            f"nothing. Say whose is kept: heads_from {next(iter(owned))}"
+            f"{listed(sorted(by))} each train a head ({listed(sorted({name for _, name in trained}), 3)}), which began "
+            f"at random: a sum of them means nothing. Say whose is kept: heads_from {next(iter(owned))}"
         )
     own = owned.get(chosen or next(iter(owned), ""), {})
     return {name: each.after(name, each[name]) for name, each in own.items()}
+
+
+def _whole_heads(updates: Updates) -> dict[str, Updates]:
+    """What the adapter trains in place of modules outside the pretrained model that it trains whole, by name."""
+    model = updates.adapter.model
+    pretrained = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {path for path in heads_of(model) if model.get_submodule(path) is not pretrained}
+    found: dict[str, Updates] = {}
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in updates.trained if inside(name, heads)):
+        own = [f"{path}.{leaf}" for leaf, _ in model.get_submodule(path).named_parameters(recurse=False)]
+        if all(name in updates.trained for name in own):
+            found |= dict.fromkeys(own, updates)
+    return found
 
 
 def _names(updates: Sequence[Updates], heads: Collection[str]) -> list[str]:

@@ -71,9 +71,9 @@ def truncated(update: Matrix, rank: int) -> tuple[Matrix, float]:
     """
     U, S, V = update.svd
     root = S[:rank].sqrt()
-    whole = float(torch.linalg.vector_norm(S))
-    error = float(torch.linalg.vector_norm(S[rank:])) / whole if whole else 0.0
-    return Matrix(factors=(root[:, None] * V[:, :rank].T, U[:, :rank] * root)), error
+    nearest = Matrix(factors=(root[:, None] * V[:, :rank].T, U[:, :rank] * root))
+    whole = update.norm()
+    return nearest, weighted_sum([update, nearest], [1.0, -1.0]).norm() / whole if whole else 0.0
 
 
 Method = Callable[[Sequence[Matrix], Sequence[float], Settings], Matrix]
@@ -84,8 +84,8 @@ DENSITIES = {"ties": 0.2, "dare": 0.5}
 
 
 def _largest(values: Tensor, density: float) -> Tensor:
-    """The values whose magnitude is among the largest, the others zero."""
-    flat, count = values.flatten(), int(density * values.numel())
+    """The values, one at least, whose magnitude is among the largest, the others zero."""
+    flat, count = values.flatten(), max(1, int(density * values.numel()))
     kept = torch.zeros_like(flat)
     places = flat.abs().topk(count).indices
     kept[places] = flat[places]

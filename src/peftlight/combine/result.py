@@ -27,7 +27,9 @@ def made(
     """The adapter with these updates, and with these values of the base's own tensors."""
     model, ranks = adapters[0].model, {site: len(A) for site, (A, _) in factors.items() if len(A)}
     if not ranks and any(adapter.sites for adapter in adapters):
-        raise UserError("Nothing is left to make an adapter of: every update of a module is zero.")
+        raise UserError(
+            "Nothing is left to make an adapter of: no update of a module was combined, or all of them are zero."
+        )
     biases = [tensor for tensor in values if tensor.endswith(".bias")]
     in_whole = [*heads, *(tensor for tensor in values if tensor not in biases)] if ranks else heads
     whole = dict.fromkeys(_module_with(tensor, adapters) for tensor in in_whole)

@@ -1,10 +1,11 @@
 """`peftlight chat`: talk with a base and its adapters."""
 
-from typing import Literal
+from peftlight.opening import Opening
 
 
 def chat(
     adapters: list[str],
+    opening: Opening,
     side_by_side: bool = False,
     system: str = "",
     max_new_tokens: int = 256,
@@ -13,10 +14,6 @@ def chat(
     top_k: int = 0,
     repetition_penalty: float = 1.0,
     seed: int = 0,
-    base: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
 ) -> None:
     """Talk with a base and its adapters: lines are questions, those that begin with / are commands (/help lists them).
 
@@ -32,17 +29,14 @@ def chat(
         top_k: tokens are drawn from this many likeliest; 0: from all.
         repetition_penalty: above 1, tokens that were there before become less likely.
         seed: of what is drawn.
-        base: the base instead of the one that the adapters name.
-        revision: of the base, likewise.
-        trust_remote_code: whether Python code of the base's repository may run.
-        dtype: number format of the base.
+        opening: the base, and what is allowed.
     """
     from peftlight.writing.answering import opened_with_base
     from peftlight.writing.choosing import Settings
     from peftlight.writing.talk import Talk
 
     settings = Settings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    opened, names = opened_with_base(adapters, base, revision, trust_remote_code, dtype)
+    opened, names = opened_with_base(adapters, opening)
     talk = Talk(opened, names[0], settings, system)
     if side_by_side:
         talk.both()

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from peftlight.opening import Opening
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -12,15 +14,12 @@ if TYPE_CHECKING:
 def combine(
     adapters: list[str],
     out: str,
+    opening: Opening,
     method: Literal["sum", "svd", "ties", "dare"] = "sum",
     rank: int | None = None,
     density: float | None = None,
     seed: int = 0,
     heads_from: str | None = None,
-    base: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
 ) -> None:
     """Make one adapter of several of the same base, weighted: FOLDER:0.7 FOLDER:0.3 OUT.
 
@@ -35,10 +34,7 @@ def combine(
         density: share of each change's numbers that ties (by default 0.2) and dare (0.5) keep.
         seed: of what dare drops.
         heads_from: name of the adapter whose head the new one gets, if several bring one.
-        base: the base instead of the one that the adapters name.
-        revision: of the base, likewise.
-        trust_remote_code: whether Python code of the base's repository may run.
-        dtype: number format of the base.
+        opening: the base, and what is allowed.
     """
     from pathlib import Path
 
@@ -51,7 +47,7 @@ def combine(
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise UserError(f"{out}, the last word, is the new adapter's folder; it is there and not empty. Name another.")
     words, weights = zip(*map(_parted, adapters), strict=True)
-    opened = open_adapters(words, base, revision, trust_remote_code, dtype)
+    opened = open_adapters(words, opening)
     found = combined(
         list(opened.adapters), weights, method, rank=rank, density=density, seed=seed, heads_from=heads_from
     )

@@ -1,6 +1,8 @@
 """`peftlight diff`: two adapters of one base, layer by layer."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from peftlight.opening import Opening
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -14,13 +16,10 @@ if TYPE_CHECKING:
 def diff(
     one: str,
     two: str,
+    opening: Opening,
     directions: int = 8,
     picture: str | None = None,
     json: str | None = None,
-    base: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
 ) -> None:
     """Compare two adapters of one base, layer by layer: what they were trained with, and where they move the weights.
 
@@ -34,10 +33,7 @@ def diff(
         directions: of each change, the strongest so many directions make up its spaces.
         picture: a PNG file with cosines and spaces by layer and kind of module.
         json: a file for all figures, the principal angles among them.
-        base: the base instead of the one that the adapters name.
-        revision: of the base, likewise.
-        trust_remote_code: whether Python code of the base's repository may run.
-        dtype: number format of the base.
+        opening: the base, and what is allowed.
     """
     from peftlight.console import say
     from peftlight.errors import UserError
@@ -49,7 +45,7 @@ def diff(
 
     if directions < 1:
         raise UserError(f"--directions is a number from 1 up; it is {directions}.")
-    opened = open_adapters([one, two], base, revision, trust_remote_code, dtype)
+    opened = open_adapters([one, two], opening)
     (a, b), (first, second) = opened.adapters, opened.adapters.names
     records = opened.records
     settings = list(differing_settings((a, records[first]), (b, records[second])))

@@ -2,9 +2,12 @@
 
 from typing import Literal
 
+from peftlight.opening import Opening
+
 
 def evaluate(
     adapters: list[str],
+    opening: Opening,
     config: str | None = None,
     data: str | None = None,
     source: str | None = None,
@@ -13,10 +16,6 @@ def evaluate(
     columns: dict[str, str] | None = None,
     batch_size: int | None = None,
     json: str | None = None,
-    base: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None,
 ) -> None:
     """Compare adapters and their base on one data set, by the metrics of their task.
 
@@ -30,10 +29,7 @@ def evaluate(
         columns: names of the rows' columns by ours, where they differ: '{text: review}'.
         batch_size: rows per batch.
         json: a file to write all figures to.
-        base: the base instead of the one that the adapters name.
-        revision: of the base, likewise.
-        trust_remote_code: whether Python code of the base's repository may run.
-        dtype: number format of the base; by default that of the first adapter's training.
+        opening: the base, and what is allowed.
     """
     from peftlight.console import say
     from peftlight.errors import UserError
@@ -46,7 +42,7 @@ def evaluate(
         raise UserError(f"--limit is a number of rows, at least 1; it is {limit}.")
     with quiet():
         choice = Choice(split, data, source, batch_size, columns)
-        on = open_on_data(adapters, choice, config, base, revision, trust_remote_code, dtype)
+        on = open_on_data(adapters, choice, config, opening)
         comparison: Comparison = compare(on, split, limit)
     say(comparison.table())
     for note in comparison.notes():

@@ -4,11 +4,12 @@ import json
 import sys
 from typing import Any, Literal
 
-from peftlight.commands.pipes import reader_may_leave
+from peftlight.opening import Opening
 
 
 def generate(
     adapters: list[str],
+    opening: Opening,
     prompt: str | None = None,
     file: str | None = None,
     out: str | None = None,
@@ -20,10 +21,6 @@ def generate(
     seed: int = 0,
     batch_size: int | None = None,
     template: Literal["trained", "plain", "chat"] = "trained",
-    base: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
 ) -> None:
     """Write after a prompt, after each prompt of a file, or after each line of a pipe.
 
@@ -45,10 +42,7 @@ def generate(
         seed: of what is drawn.
         batch_size: prompts that are computed at a time; by default 8, from a pipe 1: each line is answered at once.
         template: how a prompt is put to the model: as in the training, plain, or by the tokenizer's chat template.
-        base: the base instead of the one that the adapters name.
-        revision: of the base, likewise.
-        trust_remote_code: whether Python code of the base's repository may run.
-        dtype: number format of the base.
+        opening: the base, and what is allowed.
     """
     from peftlight.errors import UserError
     from peftlight.files import write_text
@@ -62,19 +56,18 @@ def generate(
     piped = prompt is None and file is None
     tables = tables_of(prompt, file, batch_size or 1)
     given = tables if piped else list(tables)  # what cannot be read is refused before the base is loaded
-    opened, names = opened_with_base(adapters, base, revision, trust_remote_code, dtype)
+    opened, names = opened_with_base(adapters, opening)
     answers = Answers(opened, names, template, settings)
     if out is not None:
         lines = [_line(record) for record in answers.records(given, batch_size or 8)]
         write_text(out, "".join(lines))
         print(f"{len(lines)} answers: {out}", file=sys.stderr)
         return
-    with reader_may_leave():
-        if prompt is not None:
-            answers.show(next(iter(given)))
-            return
-        for record in answers.records(given, batch_size or (1 if piped else 8)):
-            print(_line(record), end="", flush=True)
+    if prompt is not None:
+        answers.show(next(iter(given)))
+        return
+    for record in answers.records(given, batch_size or (1 if piped else 8)):
+        print(_line(record), end="", flush=True)
 
 
 def _line(record: dict[str, Any]) -> str:

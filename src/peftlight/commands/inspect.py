@@ -1,6 +1,8 @@
 """`peftlight inspect`: what an adapter is, and how far it moves each layer."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from peftlight.opening import Opening
 
 if TYPE_CHECKING:
     from peftlight.interop.metadata import BaseRecord
@@ -9,13 +11,10 @@ if TYPE_CHECKING:
 
 def inspect(
     adapter: str,
+    opening: Opening,
     files_only: bool = False,
     picture: str | None = None,
     json: str | None = None,
-    base: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
 ) -> None:
     """Say what an adapter is: method, base, size, training record, and how far it moves each layer.
 
@@ -27,25 +26,24 @@ def inspect(
         files_only: whether to look at the adapter's files alone, without its base.
         picture: a PNG file for the changes by layer and kind of module.
         json: a file for all figures.
-        base: the base instead of the one that the adapter names.
-        revision: of the base, likewise.
-        trust_remote_code: whether Python code of the base's repository may run.
-        dtype: number format of the base.
+        opening: the base, and what is allowed.
     """
     from peftlight.console import say
     from peftlight.files import write_text
     from peftlight.handover.hub import adapter_folder
-    from peftlight.handover.run_facts import run_facts
+    from peftlight.interop.run_facts import run_facts
     from peftlight.measuring.inspected import as_json, changes_by, facts_of, in_file
     from peftlight.measuring.measured import Changes, kind_of, layer_of, measure
     from peftlight.measuring.pictures import draw_layers
 
     folder = adapter_folder(adapter)
-    facts = run_facts(folder)
+    facts = run_facts(folder, opening.convert_pickle)
     say(facts_of(facts))
-    opened = None if files_only else _opened(adapter, facts.record.base, base, revision, trust_remote_code, dtype)
-    rows = in_file(folder) if opened is None else measure(Changes(next(iter(opened.adapters)), opened.new))
-    what = "the tensors of the file" if opened is None else "what it changes"
+    opened = None if files_only else _opened(adapter, facts.record.base, opening)
+    if opened is None:
+        what, rows = "the tensors of the file", in_file(folder, opening.convert_pickle)
+    else:
+        what, rows = "what it changes", measure(Changes(next(iter(opened.adapters)), opened.new))
     say(changes_by(f"{what}, by kind", kind_of, rows))
     say(changes_by(f"{what}, by layer", layer_of, rows))
     if picture is not None:
@@ -56,14 +54,7 @@ def inspect(
         write_text(json, as_json(adapter, facts, rows))
 
 
-def _opened(
-    adapter: str,
-    named: "BaseRecord",
-    base: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    dtype: Literal["float32", "bfloat16", "float16", "auto"],
-) -> "Opened | None":
+def _opened(adapter: str, named: "BaseRecord", opening: Opening) -> "Opened | None":
     """The adapter on its base; None where there is none to be had, which is said."""
     import sys
 
@@ -71,14 +62,15 @@ def _opened(
     from peftlight.opened import open_adapters
     from peftlight.pretrained import Source
 
-    if base is None:
+    if opening.base is None:
         why = "it does not say which base it was trained on" if named.name is None else None
         try:
-            Source(named.name or "", revision or named.revision, trust_remote_code).load_config() if not why else None
+            source = Source(named.name or "", opening.revision or named.revision, opening.trust_remote_code)
+            source.load_config() if not why else None
         except UserError as error:
             why = str(error)
         if why:
             print(f"The base is not there, so this is from the files alone: {why}\n  To give it: --base NAME",
                   file=sys.stderr)  # fmt: skip
             return None
-    return open_adapters([adapter], base, revision, trust_remote_code, dtype)
+    return open_adapters([adapter], opening)

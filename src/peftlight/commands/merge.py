@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from peftlight.opening import Opening
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -16,14 +18,12 @@ if TYPE_CHECKING:
 def merge(
     adapter: str,
     out: str,
+    opening: Opening,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     tolerance: float | None = None,
     prompts: str | None = None,
     tokenizer: str | None = None,
     overwrite: bool = False,
-    base: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
 ) -> None:
     """Write base and adapter as one plain model of transformers, with a certificate that it computes the same.
 
@@ -39,9 +39,7 @@ def merge(
         prompts: a text file whose lines (at most 64) are asked instead of eight shipped prompts; images are noise.
         tokenizer: whose tokenizer is written beside, if the base comes without.
         overwrite: whether a merged model that is in the folder may be replaced.
-        base: the base instead of the one that the adapter names.
-        revision: of the base, likewise.
-        trust_remote_code: whether Python code of the base's repository may run.
+        opening: the base, and what is allowed.
     """
     from pathlib import Path
 
@@ -55,7 +53,7 @@ def merge(
     check_target(Path(out), overwrite)
     texts = _lines_of(prompts) if prompts else None
     (folder,) = named_folders([adapter]).values()
-    opened = _opened(folder, base, revision, trust_remote_code)
+    opened = _opened(folder, opening)
     probes, beside = _probes_and_companions(opened, texts, tokenizer)
     written = getattr(torch, dtype) if dtype else None
     certificate = save_merged(
@@ -67,8 +65,10 @@ def merge(
     say("\n".join([*serving_lines(out), f"# The hub\npeftlight push {out} USER/NAME"]))
 
 
-def _opened(folder: "Path", base: str | None, revision: str | None, trust_remote_code: bool) -> "Opened":
+def _opened(folder: "Path", opening: Opening) -> "Opened":
     """The base in the number format in which the adapter was trained on it, with the adapter in use."""
+    from dataclasses import replace
+
     from peftlight.errors import UserError
     from peftlight.interop import read_record
     from peftlight.merging.plain_model import refuse_quantized_config
@@ -76,13 +76,14 @@ def _opened(folder: "Path", base: str | None, revision: str | None, trust_remote
     from peftlight.pretrained import Source
 
     record = read_record(folder).base
-    name = base or record.name
+    name = opening.base or record.name
     if name is None:
         raise UserError(f"{folder} does not say which base it was trained on: give it with --base.")
-    source = Source(name, revision or (None if base else record.revision), trust_remote_code)
+    revision = opening.revision or (None if opening.base else record.revision)
+    source = Source(name, revision, opening.trust_remote_code)
     refuse_quantized_config(source.load_config(), name)  # before bitsandbytes asks for a GPU
     known: dict[str | None, Any] = {each: each for each in ("float32", "bfloat16", "float16")}
-    opened = open_adapters([str(folder)], base, revision, trust_remote_code, known.get(record.dtype, "auto"))
+    opened = open_adapters([str(folder)], replace(opening, dtype=known.get(record.dtype, "auto")))
     opened.adapters.use(*opened.adapters.names)
     return opened
 
@@ -157,6 +158,8 @@ def _rows(found: "Certificate") -> "Iterator[tuple[str, str]]":
             "the adapter itself",
             f"moves scores by {found.effect.largest:.3g} at most, {found.effect.mean:.3g} on average",
         )
+    if found.folding is not None:
+        yield "folded, not yet rounded", f"outputs of each module within {found.folding:.1e} of those with its delta"
     if found.changed is not None:
         yield "change of the weights", f"{found.changed:.2e} of the norm of what is changed"
     if found.lost:

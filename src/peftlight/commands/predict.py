@@ -1,20 +1,17 @@
 """`peftlight predict ADAPTER FILE`: what an adapter says of the rows of a file."""
 
-from typing import Literal
+from peftlight.opening import Opening
 
 
 def predict(
     adapter: str,
     file: str,
+    opening: Opening,
     out: str | None = None,
     config: str | None = None,
     data: str | None = None,
     columns: dict[str, str] | None = None,
     batch_size: int | None = None,
-    base: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None,
 ) -> None:
     """Write predictions for the rows of a file: for each row one line of JSON with its number, from 0, as `id`.
 
@@ -26,26 +23,25 @@ def predict(
         data: a class of data instead, such as TextClassification.
         columns: names of the rows' columns by ours, where they differ: '{text: review}'.
         batch_size: rows per batch.
-        base: the base instead of the one that the adapter names.
-        revision: of the base, likewise.
-        trust_remote_code: whether Python code of the base's repository may run.
-        dtype: number format of the base; by default that of the adapter's training.
+        opening: the base, and what is allowed.
     """
     import sys
+    from pathlib import Path
 
     from peftlight.callbacks.predictions import as_lines
-    from peftlight.commands.pipes import reader_may_leave
+    from peftlight.errors import UserError
     from peftlight.files import write_text
     from peftlight.on_data.at_work import open_on_data, predictions, quiet
     from peftlight.on_data.chosen_data import Choice
 
+    if out is not None and Path(out).resolve() == Path(file).resolve():
+        raise UserError(f"--out {out} is the file of the rows itself, which would be lost; choose another.")
     with quiet():
         choice = Choice("predict", data, file, batch_size, columns)
-        on = open_on_data([adapter], choice, config, base, revision, trust_remote_code, dtype)
+        on = open_on_data([adapter], choice, config, opening)
         records = predictions(on)
     if out is None:
-        with reader_may_leave():
-            print(as_lines(records), end="", flush=True)
+        print(as_lines(records), end="", flush=True)
     else:
         write_text(out, as_lines(records))
         print(f"{len(records)} predictions: {out}", file=sys.stderr)

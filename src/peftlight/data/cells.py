@@ -28,7 +28,8 @@ def required_column(table: Table, ours: str, expected: Sequence[str], columns: M
     theirs = columns.get(ours, ours)
     if theirs not in table.columns:
         missing = [name for name in expected if column_of(table, name, columns) is None]
-        found = f"Columns found: {listed(table.columns, 20)}. Columns expected: {listed(expected)}."
+        wanted = listed(columns.get(name, name) for name in expected)
+        found = f"Columns found: {listed(table.columns, 20)}. Columns expected: {wanted}."
         meant = " and no column ".join(_meant(name, columns) for name in missing)
         raise UserError(f"{table.name} has no column {meant}. {found} {_mapping(table, expected, columns)}")
     return theirs

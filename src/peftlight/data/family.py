@@ -102,6 +102,12 @@ class DataFamily(LightningDataModule):
         """What became of the rows of each split in use. Known after `setup`."""
         return self._ready().summaries
 
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether the test rows have no labels, so that testing reads the validation rows. Known after `setup`."""
+        prepared = self._ready()
+        return prepared.serving("test") is prepared.serving("validation")
+
     def other_sources(self) -> dict[str, str | None]:
         """The roles that may have a source of their own, and which."""
         return {"validation": self.validation_source, "test": self.test_source, "predict": self.predict_source}

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from peftlight.handover.markdown import block
 from peftlight.handover.public_names import is_hub_id, is_public
-from peftlight.handover.run_facts import RunFacts
+from peftlight.interop.run_facts import RunFacts
 
 _COMMANDS = {
     "AutoModelForCausalLM": 'peftlight generate ADAPTER --prompt "..."',
@@ -28,7 +28,7 @@ def usage(facts: RunFacts, base: str | None) -> Iterator[str]:
     revision = facts.record.base.revision if base == facts.record.base.name else None
     options = "".join([f", num_labels={len(facts.record.label_names)}" if facts.record.label_names else ""])
     yield block("python", _ours(base, revision, auto_class, options))
-    same = auto_class in _COMMANDS or facts.config.get("peft_type") not in _PROMPTS
+    same = auto_class in _COMMANDS or str(facts.config.get("peft_type")) not in _PROMPTS
     if facts.read_by_peft and same and is_hub_id(base):
         yield "Without peftlight, in HF PEFT:"
         yield block("python", _theirs(base, revision, auto_class, options))

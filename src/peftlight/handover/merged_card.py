@@ -6,6 +6,7 @@ from typing import Any
 from peftlight.handover.markdown import as_yaml, code, table
 from peftlight.handover.model_card import PIPELINES, signed
 from peftlight.handover.public_names import is_hub_id, is_public, last_part
+from peftlight.handover.serving import architecture_of
 
 
 def merged_card(certificate: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -38,8 +39,8 @@ def _front(base: str, method: str, config: Mapping[str, Any]) -> Iterator[tuple[
         yield "base_model", base
         yield "base_model_relation", "finetune"
     yield "library_name", "transformers"
-    architecture = str((config.get("architectures") or [""])[0])
-    if pipeline := next((word for kind, word in PIPELINES.items() if architecture.endswith(_ending(kind))), None):
+    made = architecture_of(config)
+    if pipeline := next((word for kind, word in PIPELINES.items() if made.endswith(_ending(kind))), None):
         yield "pipeline_tag", pipeline
     yield "tags", ["peftlight", method.lower()]
 

@@ -10,8 +10,8 @@ from peftlight.files import write_text
 from peftlight.handover.card_use import usage
 from peftlight.handover.markdown import as_yaml, block, bullets, code, table
 from peftlight.handover.public_names import is_hub_id, is_public, last_part, without_folders
-from peftlight.handover.run_facts import RunFacts, run_facts
 from peftlight.interop.folder import find_adapter
+from peftlight.interop.run_facts import RunFacts, run_facts
 
 CARD = "README.md"
 _MARK = re.compile(rb"<!-- written by peftlight from its records; sha256 of the text above: ([0-9a-f]{64}) -->\n")

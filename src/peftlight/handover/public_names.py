@@ -9,6 +9,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _FILES = {".bin", ".csv", ".gguf", ".json", ".jsonl", ".parquet", ".safetensors", ".tsv", ".txt"}
 _SHIPPED = ("pypi:", "sample:")
 """Beginnings of names for what a package carries."""
+_NAMES = {"base_model_name_or_path", "name", "name_or_path", "source", "tokenizer", "tokenizer_name_or_path"}
+"""Fields that say where something comes from: there a path may be relative too."""
+_PATH = re.compile(r"file://\S+|(?<![\w./])(?:/(?!/)|~/|[A-Za-z]:\\)[^\s\"'`<>()\[\]{}|,;]+")
+_SOMEBODYS = re.compile(r"(/home/|/Users/|/root/|file://|[A-Za-z]:\\)")
+_EVERYWHERE = ("/bin/", "/dev/", "/etc/", "/proc/", "/sys/", "/usr/")
 
 
 def is_hub_id(name: str) -> bool:
@@ -23,12 +28,31 @@ def is_public(name: str) -> bool:
 
 
 def without_folders(value: Any) -> Any:
-    """The plain data, with every absolute path in it cut to its last part."""
+    """The plain data, with every path in it cut to its last part: what is absolute, and what names a thing here."""
     if isinstance(value, Mapping):
-        return {key: without_folders(item) for key, item in value.items()}
+        return {key: _named(item) if key in _NAMES else without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_folders(item) for item in value]
     return last_part(value) if isinstance(value, str) and _is_absolute(value) else value
+
+
+def paths_in(text: str) -> list[str]:
+    """The paths of this machine, and those below anyone's home, that a text holds."""
+    found = dict.fromkeys(match[0].rstrip(".:") for match in _PATH.finditer(text))
+    return [path for path in found if _SOMEBODYS.match(path) or _is_here(path)]
+
+
+def _is_here(path: str) -> bool:
+    """Whether it is a path of this machine, and one that other machines do not have as well."""
+    try:
+        return path.count("/") > 1 and not path.startswith(_EVERYWHERE) and Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _named(value: Any) -> Any:
+    """What the field of a name says, if others know it by that name; else its last part."""
+    return last_part(value) if isinstance(value, str) and not is_public(value) else without_folders(value)
 
 
 def last_part(name: str) -> str:
@@ -37,4 +61,4 @@ def last_part(name: str) -> str:
 
 
 def _is_absolute(text: str) -> bool:
-    return len(text) > 1 and (text.startswith(("/", "~/")) or PureWindowsPath(text).is_absolute())
+    return len(text) > 1 and (text.startswith(("/", "~/", "file:")) or PureWindowsPath(text).is_absolute())

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftlight.errors import UserError
+from peftlight.errors import UserError, listed
 from peftlight.handover.merged_card import merged_card
 from peftlight.handover.model_card import CARD, is_untouched, model_card
-from peftlight.handover.public_names import is_public, without_folders
+from peftlight.handover.public_names import is_public, paths_in, without_folders
 from peftlight.handover.serving import MODEL_CONFIG, model_config
 from peftlight.interop import metadata
 from peftlight.interop.folder import CONFIG, find_adapter, read_files
@@ -51,7 +51,7 @@ def publication(folder: str | Path, base: str | None = None) -> Publication:
     name = base or files.record.base.name
     _check_base(name)
     found = Publication({TENSORS: folder / TENSORS}, CONFIG)
-    _add(found, folder / CONFIG, {**files.config, "base_model_name_or_path": name})
+    _add(found, folder / CONFIG, without_folders({**files.config, "base_model_name_or_path": name}))
     if (folder / metadata.FILE).exists():
         origin = read_json(folder / metadata.FILE)
         _add(found, folder / metadata.FILE, without_folders({**origin, **_base_in(origin, str(name))}))
@@ -88,9 +88,16 @@ def _add(found: Publication, file: Path, content: dict[str, Any]) -> None:
 
 
 def _add_card(found: Publication, card: Path, ours: str) -> Publication:
-    """Put the card among those found: the one that a person wrote or changed, or else ours."""
+    """Put the card among those found: the one that a person wrote or changed, or else ours.
+
+    Raises:
+        UserError: a person's holds paths of this machine.
+    """
     found.card_is_ours = not card.is_file() or is_untouched(card.read_bytes())
     found.files[CARD] = ours.encode() if found.card_is_ours else card
+    if not found.card_is_ours and (told := paths_in(card.read_text(encoding="utf-8", errors="replace"))):
+        raise UserError(f"{card} would tell everybody paths of this machine: {listed(told, 3)}. Take them out, or "
+                        "delete the card: peftlight writes one.")  # fmt: skip
     return found
 
 

@@ -9,19 +9,19 @@ numbers, without a word. It is merged first.
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from peftlight.errors import UserError, listed
+from peftlight.errors import UserError, listed, one_line
 from peftlight.handover.public_names import is_hub_id
 from peftlight.interop.contents import Config
 from peftlight.interop.folder import CONFIG, OF_RUN, find_adapter, read_record
 from peftlight.interop.json_files import read_json
 from peftlight.interop.metadata import BaseRecord
-from peftlight.interop.tensor_files import TENSORS
+from peftlight.interop.tensor_files import TENSORS, check_names
 from peftlight.strategies.lora import FROM_WEIGHT
 
 MODEL_CONFIG = "config.json"
@@ -30,8 +30,6 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _PLAIN = re.compile(r".*(?<!lm_head)\.lora_[AB]\.weight")
 """Outputs tied to the embedding are left out: neither serves an adapter there for every model."""
 _LANGUAGE_MODEL = re.compile(r".*(ForCausalLM|LMHeadModel)")
-_UNMERGED = re.compile(r"PREFIX_TUNING|PROMPT_TUNING|P_TUNING|PEFTLIGHT_(BOTTLENECK|COMPACTER|PREFIX|PROMPT|PTUNING).*")
-"""Types of adapters that no weight of the base can hold."""
 
 
 def serving_lines(folder: str | Path) -> list[str]:
@@ -44,16 +42,19 @@ def serving_lines(folder: str | Path) -> list[str]:
         UserError: there is neither an adapter nor a model, or its files are damaged.
     """
     folder = Path(folder)
-    if (folder / MODEL_CONFIG).is_file():
-        return _of_model(folder)
-    folder = find_adapter(folder)
-    config, base = read_json(folder / CONFIG), read_record(folder).base
+    lines = _of_model(folder) if (folder / MODEL_CONFIG).is_file() else _of_adapter(find_adapter(folder))
+    return [one_line(line) if line.startswith("#") else line for line in lines]
+
+
+def _of_adapter(folder: Path) -> list[str]:
+    config, record = read_json(folder / CONFIG), read_record(folder)
+    base = record.base
     if not _writes_text(config, base):
         return [
             f"# vLLM and llama.cpp serve language models; this is {_kind(config, base)}: peftlight predict runs it."
         ]
     name, path = _name_of(folder), shlex.quote(str(folder))
-    if _UNMERGED.fullmatch(str(config.get("peft_type"))):
+    if record.folds is False or "num_virtual_tokens" in config:  # the latter in HF PEFT's, which may have no record
         return [f"# Neither vLLM nor llama.cpp can serve {config['peft_type']}, nor can it be merged into the base.",
                 f"peftlight chat {path}"]  # fmt: skip
     odd = [*_odd_tensors(folder / TENSORS), *_odd_settings(config), *_odd_base(base)]
@@ -80,10 +81,16 @@ def model_config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The class of transformers that the model's config names first; empty if it names none."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
 def _of_model(folder: Path) -> list[str]:
-    architectures = model_config(folder).get("architectures") or ["of an unknown class"]
-    if not _LANGUAGE_MODEL.fullmatch(str(architectures[0])):
-        return [f"# vLLM and llama.cpp serve language models; this is {architectures[0]}."]
+    architecture = architecture_of(model_config(folder)) or "of an unknown class"
+    if not _LANGUAGE_MODEL.fullmatch(architecture):
+        return [f"# vLLM and llama.cpp serve language models; this is {architecture}."]
     return ["# vLLM", f"vllm serve {shlex.quote(str(folder))}",
             "# llama.cpp, cloned into this folder", *_converted(str(folder), _name_of(folder))]  # fmt: skip
 
@@ -142,10 +149,12 @@ def _odd_tensors(path: Path) -> list[str]:
     """The tensors that are no A or B of a linear layer: heads, biases, embeddings, DoRA's norms, other methods'."""
     try:
         with safe_open(path, "numpy") as file:
-            names = [name for name in file.keys() if not _PLAIN.fullmatch(name)]  # noqa: SIM118 - it is no dict
+            names = list(file.keys())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
-    return [listed(sorted(names), 2)] if names else []
+    check_names(names, path)
+    odd = sorted(name for name in names if not _PLAIN.fullmatch(name))
+    return [listed(odd, 2)] if odd else []
 
 
 def _odd_settings(config: Config) -> Iterator[str]:

@@ -11,6 +11,7 @@ from torch import nn
 from peftlight.delta import unchanged_on_error
 from peftlight.errors import UserError, listed
 from peftlight.files import write_together
+from peftlight.head_size import tell_sizes
 from peftlight.interop import metadata, own_format
 from peftlight.interop.base_hash import differs, fingerprint
 from peftlight.interop.contents import Config, Contents, Tensors
@@ -161,6 +162,7 @@ def load_adapter(
             if not other_base:
                 _check_base(files, adapter)
             _fill(adapter, contents.state)
+            adapter.labels = tell_sizes(model, held, {})
         except UserError as error:
             raise UserError(f"Cannot load the adapter in {folder}: {error}") from None
     return adapter
@@ -195,7 +197,7 @@ def _check_base(files: Files, adapter: Adapter) -> None:
             f"{f' ({base.revision})' if base.revision else ''}; this {type(model).__name__} is "
             f"{base_name(model) or 'of an unknown name'}, and the two differ in the {what} of what the adapter "
             "leaves frozen. Load the base that it was trained on; or, to use it on this one nevertheless: "
-            "load_adapter(..., other_base=True)."
+            "load_adapter(..., other_base=True), or --other_base true on the command line."
         )
 
 

@@ -5,7 +5,6 @@ moment, and a tensor of up to that size counts whole. A base that was trained fu
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlight.delta import CHILD
+from peftlight.interop.hf.names import SHORT_PREFIX, without_prefix
 from peftlight.strategy import Adapter, adapters_on
 
 _MOST = 1 << 16
@@ -92,7 +92,7 @@ def _frozen(adapter: Adapter, in_file: Collection[str]) -> Iterator[tuple[str, t
 def _names_of(key: str) -> tuple[str, ...]:
     """The names that a tensor of a file may have in the model: HF PEFT puts its own words before and into them."""
     plain = key.replace(".base_layer.", ".")
-    return plain, re.sub(r"^base_model\.(model\.)?", "", plain), plain.removeprefix("base_model.")
+    return plain, without_prefix(plain), plain.removeprefix(SHORT_PREFIX)
 
 
 def _shape(model: nn.Module, name: str, tensor: Tensor) -> tuple[int, ...]:

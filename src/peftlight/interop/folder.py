@@ -33,12 +33,12 @@ def read_files(folder: Path, convert_pickle: bool) -> Files:
         UserError: a file is missing or damaged, or is a pickle and `convert_pickle` is false.
     """
     folder = find_adapter(folder)
-    path = _tensor_file(folder, convert_pickle)
+    path = tensor_file(folder, convert_pickle)
     config, record = _config_and_record(folder)
     if record.sha256 is not None:
         metadata.check_sum(record, sha256(path), path.name)
     check_patterns(config)
-    check_patterns(record.strategy or {})
+    check_patterns({"strategy": record.strategy})
     return Files(config, read_tensors(path), record)
 
 
@@ -89,7 +89,12 @@ def find_adapter(folder: Path) -> Path:
     raise UserError(f"It has no {CONFIG}. What is there: {listed(there) or '-'}.")
 
 
-def _tensor_file(folder: Path, convert_pickle: bool) -> Path:
+def tensor_file(folder: Path, convert_pickle: bool) -> Path:
+    """The file of tensors in an adapter's folder.
+
+    Raises:
+        UserError: there is none, or it is a pickle and `convert_pickle` is false.
+    """
     if (folder / TENSORS).is_file():
         return folder / TENSORS
     missing = f"It has no {TENSORS} (safetensors)."
@@ -101,5 +106,6 @@ def _tensor_file(folder: Path, convert_pickle: bool) -> Path:
         return folder / PICKLE
     raise UserError(
         f"{missing} {PICKLE} is a pickle, which may run code. Save it again in HF PEFT with safe_serialization=True, "
-        "or have it read for its tensors alone, running nothing: load_adapter(..., convert_pickle=True)."
+        "or have it read for its tensors alone, running nothing: "
+        "load_adapter(..., convert_pickle=True), or --convert_pickle true on the command line."
     )

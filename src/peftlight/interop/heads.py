@@ -4,10 +4,8 @@ from torch import Tensor, nn
 
 from peftlight.errors import UserError, listed
 from peftlight.interop.contents import Tensors
+from peftlight.interop.hf.names import without_prefix
 from peftlight.strategy import Adapter
-
-_PREFIXES = ("base_model.model.", "base_model.")
-"""What HF PEFT puts before a base's own names."""
 
 
 def make_room(model: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
@@ -17,7 +15,7 @@ def make_room(model: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
     """
     held, parameters = {}, dict(model.named_parameters())
     for key, value in tensors.items():
-        plain = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
+        plain = without_prefix(key)
         parameter = parameters.get(plain)
         if parameter is None or parameter.shape == value.shape or parameter.shape[1:] != value.shape[1:]:
             continue

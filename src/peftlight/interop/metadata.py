@@ -1,21 +1,22 @@
 """`peftlight.json`: where an adapter comes from, what it was trained on, and the checksum of its tensors."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypedDict, TypeVar, get_type_hints
 
 import torch
 
 from peftlight import __version__
-from peftlight.errors import UserError
+from peftlight.errors import UserError, is_one_line
 from peftlight.interop.base_hash import Fingerprint, fingerprint
 from peftlight.interop.contents import Tensors
 from peftlight.interop.hf.frame import base_name
 from peftlight.interop.hf.targets import task_of
 from peftlight.strategy import Adapter, PEFTStrategy
-from peftlight.strategy_spec import spec_of
+from peftlight.strategy_spec import StrategySpec, spec_of
 from peftlight.typed import fits, kind_of
 
 FILE = "peftlight.json"
@@ -23,6 +24,17 @@ FORMAT = 2
 """Version of the files' format; a reader refuses a newer one."""
 
 T = TypeVar("T")
+_AUTO_CLASS = re.compile(r"AutoModel(For[A-Za-z0-9]+)?", re.ASCII)
+"""Others in transformers do not load a model, and a file must not choose among all that it has."""
+
+
+class DataRecord(TypedDict, total=False):
+    """The data that an adapter was trained on."""
+
+    source: str | None
+    fingerprint: str | None
+    encoder: Any
+    """How its rows are put to a model, as `data.encoder.Encoder.settings`; damaged, it matters to prompts alone."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +65,18 @@ class Record:
     task: str | None = None
     """Name of the task's class."""
     label_names: list[str] | None = None
-    data: dict[str, Any] | None = None
-    """`source`, `fingerprint`, and `encoder`: how its rows are put to a model, as `data.encoder.Encoder.settings`."""
+    data: DataRecord | None = None
     metrics: dict[str, float | None] | None = None
     """As last logged when the training ended; None where one was not a finite number."""
     steps: int | None = None
     seed: int | None = None
-    strategy: dict[str, Any] | None = None
+    strategy: StrategySpec | None = None
     """The strategy as saved, and as it was trained:"""
-    trained_by: dict[str, Any] | None = None
+    trained_by: StrategySpec | None = None
     trained: list[str] | None = None
     """Modules and parameters of the base trained in place."""
+    folds: bool | None = None
+    """Whether weights of the base can hold it; a prompt or a bottleneck cannot be merged."""
     versions: dict[str, str] | None = None
     format: int | None = None
     sha256: str | None = None
@@ -84,7 +97,7 @@ def describe(
     base = dict(given.get("base") or {})
     base |= {
         "name": base.get("name") or base_name(adapter.model) or None,
-        "auto_class": base.get("auto_class") or _CLASSES.get(str(task_of(adapter.model))),
+        "auto_class": base.get("auto_class") or _CLASSES_BY_TASK.get(str(task_of(adapter.model))),
     }
     return {
         **given,
@@ -93,6 +106,7 @@ def describe(
         "strategy": spec_of(adapter.strategy),
         "trained_by": spec_of(recipe),
         "trained": adapter.trained,
+        "folds": all(delta.folds for delta in adapter.sites.values()),
         "versions": versions,
         "sha256": sha256,
     }
@@ -104,6 +118,14 @@ def as_record(origin: Mapping[str, Any]) -> Record:
     Raises:
         UserError: the format is newer, or a field holds another kind of value.
     """
+    record = _as_record(origin)
+    _check_base(record.base, FILE)
+    if record.task is not None and not is_one_line(record.task):
+        raise UserError(f"{FILE}: task is {record.task!r}; expected the name of a class.")
+    return record
+
+
+def _as_record(origin: Mapping[str, Any]) -> Record:
     version = origin.get("format")
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT:
         raise UserError(f"{FILE} says format {version!r}; this version of peftlight knows 1 to {FORMAT}.")
@@ -127,13 +149,29 @@ def check_sum(record: Record, sha256: str, file: str) -> None:
 
 
 def record_of_peft(config: Mapping[str, Any]) -> Record:
-    """What HF PEFT's config says of the base, for an adapter without a record."""
+    """What HF PEFT's config says of the base, for an adapter without a record.
+
+    Raises:
+        UserError: the base's name or revision is not in one line.
+    """
     name, revision = (config.get(field) for field in ("base_model_name_or_path", "revision"))
     named, fixed = (value if isinstance(value, str) and value else None for value in (name, revision))
-    return Record(BaseRecord(named, fixed, _CLASSES.get(str(config.get("task_type")))))
+    base = BaseRecord(named, fixed, _CLASSES_BY_TASK.get(str(config.get("task_type"))))
+    _check_base(base, "adapter_config.json")
+    return Record(base)
 
 
-_CLASSES = {
+def _check_base(base: BaseRecord, file: str) -> None:
+    """See that what is shown, put into command lines, and looked up in transformers is no more than a name."""
+    for name, value in vars(base).items():
+        if isinstance(value, str) and not is_one_line(value):
+            raise UserError(f"{file}: base.{name} is {value!r}; expected text in one line, without control characters.")
+    if base.auto_class is not None and not _AUTO_CLASS.fullmatch(base.auto_class):
+        raise UserError(f"{file}: base.auto_class is {base.auto_class!r}; expected AutoModel, or AutoModelFor and what "
+                        "for.")  # fmt: skip
+
+
+_CLASSES_BY_TASK = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import safetensors
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peftlight.errors import UserError, listed
+from peftlight.errors import UserError, is_one_line, listed
 from peftlight.files import as_os_error, write_atomically
 from peftlight.interop.contents import Tensors
 
@@ -27,6 +28,7 @@ def read_tensors(path: Path) -> Tensors:
     tensors = _unpickled(path) if path.name == PICKLE else _loaded(path)
     # torch can neither compare eight-bit numbers nor tell which of them are finite
     tensors = {key: value.float() if _is_eight_bit(value) else value for key, value in tensors.items()}
+    check_names(tensors, path)
     check_finite(tensors, f"{path.name} is refused")
     return tensors
 
@@ -63,6 +65,16 @@ def save_tensors(tensors: Tensors, path: Path) -> None:
         cause = as_os_error(error)
         raise cause if isinstance(cause, OSError) else OSError(0, str(error)) from error
     path.chmod(mode)  # safetensors gives its files to their owner alone
+
+
+def check_names(names: Iterable[str], path: Path) -> None:
+    """See that the tensors' names can be shown as they are.
+
+    Raises:
+        UserError: one has characters that end a line or steer a terminal.
+    """
+    if odd := [repr(name) for name in names if not is_one_line(name)]:
+        raise UserError(f"{path.name} has names of tensors with control characters: {listed(odd, 3)}.")
 
 
 def check_finite(tensors: Tensors, what: str) -> None:

@@ -94,13 +94,14 @@ def _difference(name: str, here: Matrix, there: Matrix, directions: int) -> Diff
     norms = here.norm(), there.norm()
     size = math.sqrt((norms[0] ** 2 + norms[1] ** 2) / 2)
     matrices = min(here.shape) > 1 and all(norms)
+    i, j = (min(directions, change.rank) if matrices else 0 for change in (here, there))
     return Difference(
         name,
         norms,
         inner_product(here, there) / (norms[0] * norms[1]) if all(norms) else None,
         weighted_sum([here, there], [1.0, -1.0]).norm() / size if size else None,
-        _subspaces(here.svd.U[:, :directions], there.svd.U[:, :directions]) if matrices else None,
-        _subspaces(here.svd.V[:, :directions], there.svd.V[:, :directions]) if matrices else None,
+        _subspaces(here.svd.U[:, :i], there.svd.U[:, :j]) if matrices else None,
+        _subspaces(here.svd.V[:, :i], there.svd.V[:, :j]) if matrices else None,
     )
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from rich.table import Table
 
-from peftlight.handover.run_facts import RunFacts
 from peftlight.interop.folder import read_files
+from peftlight.interop.hf.names import without_prefix
+from peftlight.interop.run_facts import RunFacts
 from peftlight.measuring.measured import Measured, together, total_norm, total_relative
 from peftlight.measuring.tables import table_of_facts, table_of_figures
 from peftlight.paths import place_of
 
 _NOT_OF_METHOD = {"base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
 """Fields of HF PEFT's config that are no hyperparameters."""
-_PREFIXES = ("base_model.model.", "base_model.")
 
 
 def facts_of(facts: RunFacts) -> Table:
@@ -33,11 +33,11 @@ def changes_by(title: str, by: Callable[[Any], str], rows: Sequence[Measured]) -
     return table_of_figures(title, columns, [_group(name, group) for name, group in groups.items()])
 
 
-def in_file(folder: Path) -> list[Measured]:
+def in_file(folder: Path, convert_pickle: bool = False) -> list[Measured]:
     """The tensors as they are in the file, layer after layer, where there is no base to put them on."""
     rows = []
-    for key, value in read_files(folder, convert_pickle=False).tensors.items():
-        name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
+    for key, value in read_files(folder, convert_pickle).tensors.items():
+        name = without_prefix(key)
         rows.append(Measured(name, "file", list(value.shape), value.numel(), float(value.double().norm())))
     return sorted(rows, key=lambda row: place_of(row.name) or ("", 0))
 

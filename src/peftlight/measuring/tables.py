@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from peftlight.errors import one_line
+
 
 def table_of_figures(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """The first column holds names, the others figures; None is a dash, and a column of nothing else is left out.
@@ -49,4 +51,4 @@ def _shown(value: object) -> str:
         return "-"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else one_line(str(value))

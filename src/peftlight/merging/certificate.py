@@ -54,6 +54,8 @@ class Certificate:
     """What else is to be known of the result."""
     files: dict[str, str] = field(default_factory=dict)
     """The sha256 of each file written."""
+    folding: float | None = None
+    """What `folding.check_folding` found before anything was rounded."""
 
     @property
     def passes(self) -> bool:

@@ -12,6 +12,7 @@ from peftlight.files import as_os_error, write_folder
 from peftlight.interop.json_files import as_json
 from peftlight.interop.tensor_files import sha256
 from peftlight.merging.certificate import TOLERANCES, Certificate, origins, remarks_on
+from peftlight.merging.folding import check_folding, check_loaded, digests, noted_calls
 from peftlight.merging.plain_model import plain_model, write_model
 from peftlight.merging.probes import Difference, Probes, answers, difference, has_classes
 from peftlight.paths import own_parameters
@@ -37,8 +38,9 @@ def save_merged(
 ) -> Certificate:
     """Write the adapter's model with the adapter folded in, as plain transformers loads it, and prove it.
 
-    The scores of the model as it is are compared with those of the folder that was written, loaded again by
-    transformers in the number format written. The folder gets its name only after that, so a failure leaves nothing.
+    Each folded weight is compared with its delta before it is rounded, see `peftlight.merging.folding`; the scores of
+    the model as it is are compared with those of the folder that was written, loaded again by transformers in the
+    number format written. The folder gets its name only after that, so a failure leaves nothing.
 
     Args:
         adapter: on its model, in use, not merged; both are left as they are.
@@ -62,7 +64,9 @@ def save_merged(
     own = next((p.dtype for _, p in own_parameters(model) if p.is_floating_point()), torch.float32)
     dtype = dtype or own
     plain = plain_model(adapter, dtype)
-    expected = answers(model, probes)
+    with noted_calls(adapter) as calls:
+        expected = answers(model, probes)
+    folding, written = check_folding(adapter, plain.state, calls), digests(plain.state)
     effect, told = _effect(adapter, probes, expected), origins(adapter, source, base)
     made: list[Certificate] = []
 
@@ -73,12 +77,14 @@ def save_merged(
         if free:
             model.to("meta")
             adapter.originals.clear()
-        gap = difference(expected, answers(_loaded(model, temporary, dtype), probes), has_classes(model))
+        again = _loaded(model, temporary, dtype)
+        check_loaded(again, written, dtype)
+        gap = difference(expected, answers(again, probes), has_classes(model))
         found = Certificate(
             **told, dtype=str(dtype).removeprefix("torch."), difference=gap, effect=effect,
             tolerance=_tolerance(own, dtype) if tolerance is None else tolerance,
             changed=plain.changed, lost=plain.lost, untied=plain.untied, prompts=probes.texts,
-            remarks=remarks_on(plain, adapter, source, gap, effect), files=_hashes(temporary),
+            remarks=remarks_on(plain, adapter, source, gap, effect), files=_hashes(temporary), folding=folding,
         )  # fmt: skip
         found.refuse(folder)
         (temporary / CERTIFICATE).write_text(as_json(found.as_plain()), encoding="utf-8")

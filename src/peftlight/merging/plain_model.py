@@ -19,11 +19,10 @@ from peftlight.interop.tensor_files import check_finite
 from peftlight.linear import is_conv1d, weight_of
 from peftlight.paths import own_parameters
 from peftlight.pretrained import without_remarks
-from peftlight.strategy import Adapter
+from peftlight.strategy import Adapter, adapters_on
 
 _UNMERGED = ("It can be used beside its base: peftlight predict, generate and chat take the adapter as it is. What is "
-             "to be merged has to be trained with a method that changes weights: LoRA, DoRA, AdaLoRA, VeRA, IA3, "
-             "BitFit.")  # fmt: skip
+             "to be merged has to be trained with a method that changes weights, as LoRA does.")  # fmt: skip
 _TIE = "tie_word_embeddings"
 
 
@@ -122,6 +121,8 @@ def _check(adapter: Adapter) -> None:
     if adapter.merged or not adapter.enabled:
         state = "merged already; unmerge it" if adapter.merged else "switched off; enable it"
         raise UserError(f"The adapter {adapter.name!r} is {state} before writing the merged model.")
+    if others := sorted(other.name for other in adapters_on(model) if other.enabled and other is not adapter):
+        raise UserError(f"{listed(others)} is on too; what is merged is {adapter.name!r} alone. Switch it off first.")
 
 
 def _folded(adapter: Adapter, site: str) -> tuple[Tensor, Tensor | None]:
@@ -168,11 +169,6 @@ def _config_of(adapter: Adapter, dtype: torch.dtype, untied: bool) -> Any:
             each.dtype = str(dtype).removeprefix("torch.")
     if untied and getattr(config, _TIE, False):
         setattr(config, _TIE, stays_tied(config))
-    own = adapter.state()
-    for name, before in adapter.originals.items():  # a head of another size than the base's
-        outputs = own[name].shape[:1]
-        if outputs != before.shape[:1] and config.num_labels != outputs[0]:
-            config.num_labels = outputs[0]
     return config
 
 

@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from peftlight.interop import read_record
 from peftlight.on_data.chosen_data import Choice, SameClasses, chosen_data
 from peftlight.on_data.run_config import config_of_run, read_config
 from peftlight.opened import Opened, named_folders, open_adapters
+from peftlight.opening import Opening
 from peftlight.pretrained import Dtype
 from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.tasks import PEFTModule
@@ -53,37 +54,26 @@ class OnData:
         return Trainer(devices=1, precision=self.precision, callbacks=own, **silent, **options)  # type: ignore[arg-type]
 
 
-def open_on_data(
-    given: Sequence[str],
-    choice: Choice,
-    config: str | None,
-    base: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    dtype: Dtype | None,
-) -> OnData:
+def open_on_data(given: Sequence[str], choice: Choice, config: str | None, opening: Opening) -> OnData:
     """Load adapters on their base, and find their task and the data.
 
     Args:
         given: for each adapter its folder, or NAME=FOLDER.
         choice: which data, where it is not that of the configuration.
         config: a configuration; None: that of the first adapter's run.
-        base: as for `open_adapters`, and so are the next two.
-        revision: of the base.
-        trust_remote_code: whether Python code of the base's repository may run.
-        dtype: number format of the base; None: that in which the first adapter was trained.
+        opening: as for `open_adapters`; without a number format that in which the first adapter was trained is taken.
 
     Raises:
         UserError: an adapter cannot be loaded, or it is not known which data is meant.
     """
     first = next(iter(named_folders(given).values()))
     said = config_of_run(first) if config is None else read_config(Path(config))
-    opened = open_adapters(given, base, revision, trust_remote_code, dtype or _recorded_dtype(first))
+    opened = open_adapters(given, replace(opening, dtype=opening.dtype or _recorded_dtype(first)))
     task = said.task() or _task_of(opened)
     if task.auto_class != opened.auto_class:
         raise UserError(f"{said.where} is for {task.__name__}, but the adapters are on an {opened.auto_class}.")
     data = chosen_data(opened, task, said, choice)
-    precision = said.precision if dtype is None else None
+    precision = said.precision if opening.dtype is None else None
     return OnData(opened, task, said.task_options(), data, precision or _precision_for(opened))
 
 

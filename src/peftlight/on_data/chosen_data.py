@@ -118,7 +118,9 @@ def classes_of(opened: Opened, name: str) -> list[str]:
     adapter = opened.adapters[name]
     state = adapter.state()
     brought = [len(state[key]) for key, held in adapter.originals.items() if held.shape != state[key].shape]
-    count: Any = brought[0] if brought else opened.model.config.num_labels  # type: ignore[union-attr]
+    config: Any = opened.model.config
+    of_base = next((other.labels["id2label"] for other in opened.adapters if other.enabled and other.labels), None)
+    count = brought[0] if brought else len(of_base or config.id2label)
     return [str(number) for number in range(count)]
 
 

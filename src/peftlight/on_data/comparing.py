@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from peftlight.errors import UserError
 from peftlight.on_data.at_work import OnData
 
 BASE = "base"
@@ -79,6 +80,9 @@ def compare(on: OnData, split: Literal["validation", "test"], limit: int | None)
     """
     batches = None if limit is None else math.ceil(limit / on.data.batch_size)
     rows = [_measured(on, name, split, batches) for name in (None, *on.opened.adapters.names)]
+    if split == "test" and on.data.tests_on_validation:
+        raise UserError(f"{on.data.source} has no test rows with answers. Give them with --source, or compare on the "
+                        "validation rows: --split validation")  # fmt: skip
     data = {
         "class": type(on.data).__name__, "source": on.data.source, "split": split,
         "fingerprint": on.data.fingerprint, "limit": limit,

@@ -8,20 +8,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
 
-import yaml
-
 from peftlight import data as families
 from peftlight import tasks
 from peftlight.config_errors.given import read_given
 from peftlight.data import DataFamily
 from peftlight.errors import UserError, listed, nearest
 from peftlight.interop.folder import OF_RUN
+from peftlight.interop.run_facts import SETTINGS, Section, read_settings
 from peftlight.tasks import PEFTModule
 from peftlight.typed import fits, kind_of
 
 T = TypeVar("T")
 _OF_TRAINING = set(inspect.signature(PEFTModule.__init__).parameters) - {"self"}
 """Options of every task; of what is trained already they say nothing new."""
+ROWS = {"source", "validation_source", "test_source", "predict_source", "subset", "columns", "labels",
+        "validation_size", "split_seed", "batch_size", "num_workers", "tokenizer", "pad_token", "max_length",
+        "max_empty", "max_target_length", "prefix", "template", "template_without_input",
+        "image_processor", "image_size", "image_mean", "image_std", "flip"}  # fmt: skip
+"""Options of data that a configuration decides which was only found near an adapter: which rows are read, and how they
+are put to a model. Where files are written is the user's alone."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class RunConfig:
     where: str = "--data"
     """As an error message begins."""
     trusted: bool = True
-    """Whether the user named it, so that its classes may be others than ours; a file that was only found near an
-    adapter must not decide which code runs."""
+    """Whether the user named it, so that its classes may be others than ours, and all of its options count; a file that
+    was only found near an adapter must not decide which code runs or where is written."""
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     precision: str | None = None
@@ -52,7 +57,8 @@ class RunConfig:
             UserError: it does not have one of them, or one is of the wrong kind.
         """
         kind = self.task()
-        own = {key: value for key, value in self.model.get("init_args", {}).items() if key not in _OF_TRAINING}
+        given = self.model.get("init_args") or {}
+        own = {key: value for key, value in given.items() if key not in _OF_TRAINING}
         return {} if kind is None else self._checked(kind, own)
 
     def make_data(self) -> DataFamily:
@@ -64,7 +70,9 @@ class RunConfig:
         if "class_path" not in self.data:
             raise UserError(f"{self.where} names no class of data: data: {{class_path: TextClassification, ...}}")
         kind = self._class(self.data, families, DataFamily)
-        options = self._checked(kind, self.data.get("init_args", {}))
+        options = self._checked(kind, self.data.get("init_args") or {})
+        if not self.trusted:
+            options = {name: value for name, value in options.items() if name in ROWS}
         needed = [name for name, one in inspect.signature(kind).parameters.items() if one.default is one.empty]
         if missing := [name for name in needed if name not in options]:
             raise UserError(f"{self.where}: {kind.__name__} needs {listed(missing)}.")
@@ -104,9 +112,11 @@ def read_config(path: Path, trusted: bool = True) -> RunConfig:
         UserError: the file cannot be read, or is no configuration.
     """
     read_given(["validate", f"--config={path}"])
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    precision = _section(found, "trainer").get("precision")
-    return RunConfig(str(path), trusted, _section(found, "model"), _section(found, "data"), precision)
+    found = read_settings(path)
+    precision = (found.get("trainer") or {}).get("precision")
+    if not fits(precision, str | int | None):
+        raise UserError(f"{path}: trainer.precision is {precision!r}; expected text such as bf16-mixed.")
+    return RunConfig(str(path), trusted, _section(found.get("model")), _section(found.get("data")), precision)
 
 
 def config_of_run(folder: Path) -> RunConfig:
@@ -117,10 +127,9 @@ def config_of_run(folder: Path) -> RunConfig:
     """
     folder = folder.resolve()
     run = folder.parent if folder.name == OF_RUN else folder
-    path = run / "config.yaml"
+    path = run / SETTINGS
     return read_config(path, trusted=False) if path.is_file() and (run / OF_RUN).is_dir() else RunConfig()
 
 
-def _section(found: Any, key: str) -> dict[str, Any]:
-    section = found.get(key) or {}
-    return dict(section) if isinstance(section, dict) else {"class_path": section}
+def _section(given: Section | str | None) -> dict[str, Any]:
+    return {"class_path": given} if isinstance(given, str) else dict(given or {})

@@ -118,6 +118,10 @@ class Layers(Delta):
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return nested(base, self.deltas.values())(*args, **kwargs)
 
+    @property
+    def folds(self) -> bool:
+        return all(delta.folds for delta in self.deltas.values())
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         for place, delta in enumerate(self.deltas.values()):
             if place and delta.reads_weight:

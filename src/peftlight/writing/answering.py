@@ -11,7 +11,7 @@ from peftlight.data.encoder import Encoder
 from peftlight.data.table import Table
 from peftlight.errors import UserError, listed
 from peftlight.opened import Opened, open_adapters
-from peftlight.pretrained import Dtype
+from peftlight.opening import Opening
 from peftlight.writing.choosing import Settings
 from peftlight.writing.prompts import Template, encoded, encoder_for, plain
 from peftlight.writing.writer import Prompt, Writer, Written, on_the_best_device
@@ -22,15 +22,13 @@ _WINDOW = 16
 """So many batches are sorted by length together."""
 
 
-def opened_with_base(
-    given: Sequence[str], base: str | None, revision: str | None, trust_remote_code: bool, dtype: Dtype
-) -> tuple[Opened, list[str]]:
+def opened_with_base(given: Sequence[str], opening: Opening) -> tuple[Opened, list[str]]:
     """The adapters on their base, and the names of those given in order, "base" among them if it was given.
 
     Raises:
         UserError: as `open_adapters`; or an adapter has the name that is kept for the base.
     """
-    opened = open_adapters([each for each in given if each != BASE], base, revision, trust_remote_code, dtype)
+    opened = open_adapters([each for each in given if each != BASE], opening)
     if BASE in opened.adapters.names:
         raise UserError(f"{BASE!r} is the model without adapters. Give the adapter another name: NAME=FOLDER")
     if BASE in given and opened.new:

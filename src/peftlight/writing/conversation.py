@@ -38,30 +38,29 @@ class Conversation:
         """Forget the user's last turn, which has no answer."""
         self.turns.pop()
 
-    def drop_oldest(self) -> bool:
-        """Forget the oldest question and its answer; false if there is but one question."""
-        if len(self.turns) < 3:
-            return False
-        del self.turns[:2]
-        return True
+    def forget(self, count: int) -> None:
+        """Forget so many of the oldest turns."""
+        del self.turns[:count]
 
-    def prompt(self, number: int) -> Prompt:
+    def prompt(self, number: int, without: int = 0) -> Prompt:
         """All that stands before the next answer.
 
         Args:
             number: decides, with the seed, what is drawn.
+            without: so many of the oldest turns are left out.
 
         Raises:
             UserError: the chat template does not accept these turns.
         """
-        name, value = ("messages", self._messages()) if self.has_template else ("prompt", self._plain())
-        table = Table("this chat", "turn", [name], [len(self.turns)], lambda column: [value])
+        turns = self.turns[without:]
+        name, value = ("messages", self._messages(turns)) if self.has_template else ("prompt", self._plain(turns))
+        table = Table("this chat", "turn", [name], [len(turns)], lambda column: [value])
         (prompt,) = encoded(table, self.encoder, self.tokenizer, number)
         return prompt
 
-    def _messages(self) -> list[Message]:
-        return [{"role": "system", "content": self.system}] * bool(self.system) + self.turns
+    def _messages(self, turns: list[Message]) -> list[Message]:
+        return [{"role": "system", "content": self.system}] * bool(self.system) + turns
 
-    def _plain(self) -> str:
-        lines = [f"{_ROLES[turn['role']]}: {turn['content']}" for turn in self.turns]
+    def _plain(self, turns: list[Message]) -> str:
+        lines = [f"{_ROLES[turn['role']]}: {turn['content']}" for turn in turns]
         return "\n".join([f"{self.system}\n"] * bool(self.system) + lines + [f"{_ROLES['assistant']}:"])

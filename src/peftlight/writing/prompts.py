@@ -91,7 +91,7 @@ def encoded(table: Table, encoder: Encoder, tokenizer: Any, first: int) -> list[
 
 def _as_trained(given: Any) -> Encoder:
     settings = dict(given) if isinstance(given, dict) else {}
-    kind = settings.pop("encoder", None)
+    kind = str(settings.pop("encoder", None))
     if kind not in _ENCODERS:
         raise UserError(
             f"The adapter was trained on prompts of a class that is not peftlight's, {kind}: what it made of them is "

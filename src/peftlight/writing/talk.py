@@ -90,19 +90,18 @@ class Talk:
         self.asked += 1
 
     def _prompt(self) -> Prompt:
-        """All turns that the model has room for, the oldest dropped where it has not."""
-        dropped = 0
-        while True:
-            prompt = self.conversation.prompt(self.asked)
+        """All turns that the model has room for, the oldest forgotten where it has not; none where nothing helps."""
+        last = len(self.conversation.turns) - 1
+        for forgotten in range(0, last + 1, 2):
+            prompt = self.conversation.prompt(self.asked, without=forgotten)
             try:
                 self.writer.check([prompt], self.settings)
-            except UserError:
-                if not self.conversation.drop_oldest():
-                    raise
-                dropped += 1
-            else:
                 break
-        if dropped:
+            except UserError:
+                if forgotten == last:
+                    raise
+        self.conversation.forget(forgotten)
+        if dropped := forgotten // 2:
             note(f"The chat has become too long: the oldest {dropped} question{'s' * (dropped > 1)} with the answers "
                  "are forgotten.")  # fmt: skip
         return prompt

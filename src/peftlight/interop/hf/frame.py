@@ -15,12 +15,12 @@ from peftlight.errors import UserError, listed
 from peftlight.interop.contents import Config, Contents, Tensors
 from peftlight.interop.hf import config_fields
 from peftlight.interop.hf.checks import Found, heads_of, missing_sites, plain_state
+from peftlight.interop.hf.names import PREFIX
 from peftlight.interop.hf.targets import HEADS_OF_TASK, paths_of, targets_for, task_of, wrapped
 from peftlight.linear import is_conv1d
 from peftlight.paths import first_names, inside
 from peftlight.strategy import Adapter, PEFTStrategy
 
-PREFIX = "base_model.model."
 _ODD_BIAS = re.compile(r".+\.(modules_to_save|original_module)\.(.+\.)?bias")
 """Keys that HF PEFT writes beside a head's own biases when bias is "all", and does not read."""
 

@@ -13,6 +13,7 @@ from peftlight.interop.contents import Config, Contents, Tensors
 from peftlight.interop.hf import frame, lora, renames
 from peftlight.interop.hf.checks import Shapes, misshapen
 from peftlight.interop.hf.config_fields import check_fields
+from peftlight.interop.hf.names import PREFIX
 from peftlight.paths import inside
 from peftlight.strategies.bitfit import BitFit
 from peftlight.strategies.layer_norm import LayerNormTuning
@@ -80,7 +81,7 @@ def holds_bitfit(config: Config, tensors: Tensors, model: nn.Module) -> bool:
     if config.get("bias") not in ("all", "none") or not lora.is_empty(tensors):
         return False
     parameters = dict(model.named_parameters())
-    named = [key.removeprefix(frame.PREFIX).replace(".base_layer.", ".") for key in tensors]
+    named = [key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in tensors]
     heads = frame.heads_of_config(config, model)
     return any(key in parameters and not inside(key, heads) for key in named)
 

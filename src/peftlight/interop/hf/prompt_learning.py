@@ -16,6 +16,7 @@ from peftlight.interop import own_format
 from peftlight.interop.contents import Config, Tensors
 from peftlight.interop.hf import config_fields, frame, renames
 from peftlight.interop.hf.checks import Found, heads_of, plain_state
+from peftlight.interop.hf.names import PREFIX, SHORT_PREFIX
 from peftlight.interop.hf.targets import paths_of, task_of, wrapped
 from peftlight.strategies.prefix import PrefixTuning
 from peftlight.strategies.prompt import PromptTuning
@@ -28,7 +29,6 @@ Hints = Mapping[str, Any]
 S = TypeVar("S", PrefixTuning, PromptTuning)
 
 _TABLE = "prompt_embeddings"
-_PREFIX = "base_model."
 _HINTS: Hints = {
     "peft_type": str, "task_type": str, "num_virtual_tokens": int, "token_dim": int, "num_layers": int,
     "num_attention_heads": int, "num_transformer_submodules": int, "modules_to_save": list[str], "inference_mode": bool,
@@ -79,7 +79,7 @@ def written(adapter: Adapter, kind: str, table: Tensor, sizes: Config) -> tuple[
         **sizes,
     }
     del config["target_modules"]
-    renamed = {_PREFIX + key.removeprefix(frame.PREFIX): value for key, value in heads.items()}
+    renamed = {SHORT_PREFIX + key.removeprefix(PREFIX): value for key, value in heads.items()}
     return config, {_TABLE: table, **renamed}
 
 
@@ -165,14 +165,14 @@ def _heads(
 ) -> tuple[list[str], Tensors, list[str]]:
     """The modules trained whole, their tensors, and what is wrong with them; HF PEFT wants the implied in any case."""
     found, base = Found(), model.state_dict()
-    others = {frame.PREFIX + key.removeprefix(_PREFIX): value for key, value in tensors.items() if key != _TABLE}
+    others = {PREFIX + key.removeprefix(SHORT_PREFIX): value for key, value in tensors.items() if key != _TABLE}
     config, others = renames.translated(config, others, model)
     for key, value in others.items():
-        path = key.removeprefix(frame.PREFIX)
+        path = key.removeprefix(PREFIX)
         if path in base and CHILD not in path.split("."):
             found.plain[path] = value
         else:
-            found.unknown.append(f"unexpected: {_PREFIX}{path}, for which the model has no place")
+            found.unknown.append(f"unexpected: {SHORT_PREFIX}{path}, for which the model has no place")
     heads = heads_of((), config_fields.names(config, "modules_to_save"), implied, found, model)
     state, problems = plain_state((), heads, found, model)
     inside = tuple(f"{head}." for head in wrapped(implied, paths_of(model, tied_twice=True)))

@@ -13,7 +13,7 @@ from torch import nn
 
 from peftlight.interop.contents import Config, Tensors
 from peftlight.interop.hf.config_fields import check_feed_forward, check_kinds, check_pattern, names
-from peftlight.interop.hf.frame import PREFIX
+from peftlight.interop.hf.names import PREFIX
 from peftlight.interop.hf.targets import is_feed_forward, paths_of, selected, wrapped
 from peftlight.paths import at_end
 

@@ -18,6 +18,7 @@ from peftlight.interop.contents import Config, Contents, Tensors
 from peftlight.interop.hf import frame, lora, renames
 from peftlight.interop.hf.checks import Found
 from peftlight.interop.hf.config_fields import check_fields
+from peftlight.interop.hf.names import PREFIX
 from peftlight.interop.hf.targets import paths_of, wrapped
 from peftlight.strategies.lora import LoRA
 from peftlight.strategies.stack import Stack
@@ -47,7 +48,7 @@ def to_peft(adapter: Adapter) -> tuple[Config, Tensors]:
     config, tensors = frame.written(adapter, placed)
     del config["modules_to_save"]
     for site, delta in adapter.sites.items():
-        tensors[f"{frame.PREFIX}{site}.{_ALONE}"] = _rows(delta).values.detach()
+        tensors[f"{PREFIX}{site}.{_ALONE}"] = _rows(delta).values.detach()
     return config | {"peft_type": "TRAINABLE_TOKENS", "token_indices": strategy.token_indices}, tensors
 
 
@@ -115,7 +116,7 @@ def with_lora_from_peft(config: Config, tensors: Tensors, model: nn.Module, name
 def _beside(carrier: Adapter, sites: Mapping[str, Delta], tokens: TrainableTokens) -> tuple[Config, Tensors]:
     config, tensors = lora.to_peft(carrier)
     first = _first_sites(sites)
-    tensors |= {f"{frame.PREFIX}{site}.{_BESIDE_LORA}": rows.values.detach() for site, rows in first.items()}
+    tensors |= {f"{PREFIX}{site}.{_BESIDE_LORA}": rows.values.detach() for site, rows in first.items()}
     return config | {_FIELD: dict.fromkeys(first, tokens.token_indices)}, tensors
 
 
