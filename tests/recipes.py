@@ -35,6 +35,8 @@ def _strategy_of(path: Path) -> Any:
 
 
 RECIPES = {
-    path.stem: partial(made, _strategy_of(path)) for path in sorted(CONFIGS.glob("*.yaml")) if path.stem != "demo"
+    path.stem: partial(made, _strategy_of(path))
+    for path in sorted(CONFIGS.glob("*.yaml"))
+    if path.stem not in ("4bit", "demo", "qlora")
 }
 """A function that makes each strategy, by the name of its YAML; picklable."""

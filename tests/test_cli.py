@@ -16,6 +16,7 @@ from transformers import (
 
 from peftlight import load_adapter
 from peftlight.cli import main
+from recipes import RECIPES
 from tasks.small import QUIET
 
 pytestmark = [
@@ -108,7 +109,7 @@ def test_two_runs_with_one_configuration_never_share_a_folder(tmp_path: Path, en
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
-@pytest.mark.parametrize("config", sorted(p.name for p in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("config", [f"{name}.yaml" for name in ("demo", *sorted(RECIPES))])
 def test_every_config_trains_two_steps(config: str, tmp_path: Path, encoder: Path) -> None:
     assert fit(config, options(tmp_path, encoder, "sample:sentiment")) == 0
     assert json.loads((only_run(tmp_path) / "run.json").read_text())["state"] == "finished"

@@ -1,5 +1,8 @@
 """The one home of kinds of linear layer: which there are, how wide they are, and how their weight lies in memory."""
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +19,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """True for the 4-bit and 8-bit layers of bitsandbytes (known by what they have, so that it is not imported)."""
+    return type(module).__name__ in ("Linear4bit", "Linear8bitLt") and hasattr(module, "weight")
+
+
 def widths(module: nn.Module) -> tuple[int, int]:
     """(in features, out features) of a linear layer.
 
@@ -30,20 +38,48 @@ def widths(module: nn.Module) -> tuple[int, int]:
     raise UserError(f"{type(module).__name__} is not a linear layer; expected nn.Linear or GPT-2's Conv1D.")
 
 
+def numbers_in(model: nn.Module) -> int:
+    """How many numbers the model's parameters hold; of those that lie packed in bytes, as many as they stand for."""
+    packed = [module for module in model.modules() if is_quantized(module)]
+    held = sum(inputs * outputs for inputs, outputs in map(widths, packed))
+    return sum(p.numel() for p in model.parameters()) + held - sum(m.get_parameter("weight").numel() for m in packed)
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear layer as (out, in), detached; of an embedding or convolution as it is stored.
+
+    Of a layer that bitsandbytes quantized it is what the layer computes with, made anew at each call.
 
     Raises:
         UserError: the weight is stored quantized, so that it cannot be read as numbers: as integers, or as eight-bit
             floats, which have their scale elsewhere.
     """
+    if is_quantized(module):
+        return _dequantized(module)
     weight = module.get_parameter("weight").detach()
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise UserError(f"The weight of this {type(module).__name__} is quantized ({weight.dtype}).")
     return weight.T if is_conv1d(module) else weight
 
 
+def _dequantized(module: Any) -> Tensor:
+    functional: Any = sys.modules["bitsandbytes.functional"]  # whoever made the layer has imported it
+    weight = module.weight.detach()
+    if type(module).__name__ == "Linear4bit":
+        full: Tensor = functional.dequantize_4bit(weight, module.weight.quant_state)
+        return full
+    scale = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+    codes = weight if module.state.CB is None else module.state.CB
+    return codes.float() * scale.view(-1, 1) / 127
+
+
 def write_weight(module: nn.Module, weight: Tensor) -> None:
-    """Copy a weight, laid out as `weight_of` gives it, into the module."""
+    """Copy a weight, laid out as `weight_of` gives it, into the module.
+
+    Raises:
+        UserError: the module is quantized, so that its weight would be rounded.
+    """
+    if is_quantized(module):
+        raise UserError(f"The weight of this {type(module).__name__} is quantized; it takes no other.")
     with torch.no_grad():
         module.get_parameter("weight").copy_(weight.T if is_conv1d(module) else weight)

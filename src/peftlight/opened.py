@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftlight.adapters import Adapters
@@ -14,6 +15,7 @@ from peftlight.handover.hub import adapter_folder
 from peftlight.interop import Record, read_record
 from peftlight.opening import Opening
 from peftlight.pretrained import Source
+from peftlight.quantization import Quantization
 
 
 @dataclass
@@ -60,7 +62,8 @@ def open_adapters(given: Sequence[str], opening: Opening) -> Opened:
     source = Source(str(base), revision, opening.trust_remote_code)
     tasks: dict[str, str | None] = {name: record.auto_class or _class_of(source) for name, record in bases.items()}
     auto_class = _agreed("task", tasks or {"base": _class_of(source)})
-    model, new = source.load_model(auto_class, opening.dtype or "float32", new_head=True, **_labels(records))
+    held = {} if opening.dtype else _held({name: record.quantization for name, record in bases.items()})
+    model, new = source.load_model(auto_class, opening.dtype or "float32", new_head=True, **held, **_labels(records))
     opened = Opened(source, auto_class, model.eval(), Adapters(model), records, new)
     allowed = {"other_base": opening.other_base, "convert_pickle": opening.convert_pickle}
     for name, folder in folders.items():
@@ -103,6 +106,18 @@ def _agreed(what: str, values: dict[str, str | None]) -> Any:
     if value is None and what == "base":
         raise UserError(f"{listed(values)} does not say which base it was trained on: give it with --base.")
     return value
+
+
+def _held(quantizations: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """The way in which all adapters were trained on the base, as an option of `load_model`."""
+    told = {name: str(Quantization.from_plain(value)) if value else "plain numbers"
+            for name, value in quantizations.items()}  # fmt: skip
+    if len(set(told.values())) > 1:
+        each = "; ".join(f"{name}: {value}" for name, value in told.items())
+        raise UserError(f"The adapters were trained on a base held in different ways ({each}). Say in which number "
+                        "format all of them get it: --dtype float32")  # fmt: skip
+    value = next(iter(quantizations.values()), None)
+    return {"quantization": Quantization.from_plain(value), "device": torch.device("cpu")} if value else {}
 
 
 def _class_of(source: Source) -> str:

@@ -19,7 +19,8 @@ class Opening:
     trust_remote_code: bool = False
     """whether Python code of the base's repository may run; no adapter decides this."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
-    """number format of the base; by default float32, and with predict and evaluate that of the training."""
+    """number format of the base; by default the few bits in which the adapters were trained on it, else float32; with
+    predict and evaluate that of the training."""
     other_base: bool = False
     """whether the base may be another one than the adapters were trained on."""
     convert_pickle: bool = False

@@ -19,6 +19,7 @@ from torch import nn
 
 from peftlight.errors import UserError, listed, nearest
 from peftlight.files import cache_folder
+from peftlight.quantization import Quantization, hold_still, skeleton
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 PACKAGE = "pypi:"
@@ -39,12 +40,19 @@ class Source:
     """Whether Python code of the hub repository may run."""
 
     def load_model(
-        self, auto_class: str, dtype: Dtype = "float32", new_head: bool | None = None, **config: Any
+        self,
+        auto_class: str,
+        dtype: Dtype = "float32",
+        new_head: bool | None = None,
+        quantization: Quantization | None = None,
+        device: torch.device | None = None,
+        **config: Any,
     ) -> tuple[nn.Module, list[str]]:
         """The model, made by the class of that name in transformers, and the names of parameters not in its files.
 
         Parameters that have another shape there are among those if `new_head` is true, and refused otherwise; where
-        it is false, and not None, the message says that it can be chosen.
+        it is false, and not None, the message says that it can be chosen. With `quantization` each tensor is read
+        and quantized before the next, on `device`.
 
         Raises:
             UserError: there is no such model or class, or the one cannot be made into the other.
@@ -56,11 +64,12 @@ class Source:
             known = [name for name in dir(transformers) if name.startswith("AutoModel")]
             raise UserError(f"transformers has no class {auto_class!r} that loads a model.{nearest(auto_class, known)}")
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        held = {} if quantization is None else self._held(quantization, auto_class, device, **config)
         try:
             with without_remarks():
                 model, info = loader.from_pretrained(
                     self._path(), dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True,
-                    **self._trust(), **config,
+                    **self._trust(), **held, **config,
                 )  # fmt: skip
         except _LOADING_FAILED as error:
             raise UserError(_explain(self.name, f"as {auto_class}", error)) from error
@@ -70,10 +79,22 @@ class Source:
             )
             choice = "" if new_head is None else " To put a new one there and train it: --model.new_head true"
             raise UserError(f"The model {self.name!r} was made for something else: {listed(shapes)}.{choice}")
+        hold_still(model)
         return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
 
-    def load_config(self) -> Any:
-        """The model's configuration, without its weights.
+    def _held(
+        self, quantization: Quantization, auto_class: str, device: torch.device | None, **config: Any
+    ) -> dict[str, Any]:
+        """Options with which the model is loaded quantized."""
+        told = self.load_config(**config)
+        if (already := getattr(told, "quantization_config", None)) is not None:
+            quantization.check_same(already, self.name)
+            return {"device_map": {"": device or torch.device("cpu")}}
+        model = skeleton(told, auto_class, trust_remote_code=self.trust_remote_code)
+        return quantization.options(model, device or torch.device("cpu"))
+
+    def load_config(self, **config: Any) -> Any:
+        """The model's configuration, without its weights, changed by `config`.
 
         Raises:
             UserError: there is no such model.
@@ -81,7 +102,7 @@ class Source:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self._path(), **self._trust())
+            return AutoConfig.from_pretrained(self._path(), **self._trust(), **config)
         except _LOADING_FAILED as error:
             raise UserError(_explain(self.name, "with its configuration", error)) from error
 

@@ -7,6 +7,7 @@ from rich.table import Table
 from torch import nn
 
 from peftlight.delta import CHILD, Delta
+from peftlight.linear import numbers_in
 from peftlight.strategy import Adapter
 
 
@@ -38,7 +39,7 @@ def rows_of(adapter: Adapter) -> list[Row]:
 
 def table_of(adapter: Adapter) -> Table:
     """The rows as a table, with the trained share of the whole model in the last line."""
-    rows, whole = rows_of(adapter), sum(p.numel() for p in adapter.model.parameters())
+    rows, whole = rows_of(adapter), numbers_in(adapter.model)
     trained, size = sum(row.parameters for row in rows), sum(row.size for row in rows)
     table = Table(title=f"{type(adapter.strategy).__name__} on {type(adapter.model).__name__}", title_justify="left")
     for column, justify in (("modules", "left"), ("count", "right"), ("trained", "left"), ("parameters", "right"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftlight.delta import CHILD, Delta, beneath, install, remove, unchanged_on_error
 from peftlight.errors import UserError, listed
 from peftlight.head_size import tell_sizes
-from peftlight.linear import weight_of, write_weight
+from peftlight.linear import is_quantized, weight_of, write_weight
 from peftlight.paths import first_names
 from peftlight.targets import matching
 
@@ -380,6 +380,7 @@ def attach(
         model.requires_grad_(False)
         heads = matching(model, list(modules_to_train))
         adapter = Adapter(name, model, strategy, trained=list(dict.fromkeys([*heads, *strategy.train(model)])))
+        _refuse_quantized(adapter)
         _train_in_place(adapter, keep_base)
         for site, delta in list(strategy.deltas(model)):
             module = model.get_submodule(site)
@@ -389,6 +390,18 @@ def attach(
             raise UserError(f"{type(strategy).__name__} would train nothing on this {type(model).__name__}.")
     _ATTACHED.setdefault(model, WeakSet()).add(adapter)
     return adapter
+
+
+def _refuse_quantized(adapter: Adapter) -> None:
+    """A packed weight has no gradient; and bitsandbytes rounds the bias of such a layer to what it computes in."""
+    owners = {name: adapter.model.get_submodule(name.rpartition(".")[0]) for name in adapter.parameters()}
+    packed = [name for name, module in owners.items() if is_quantized(module)]
+    if packed:
+        raise UserError(
+            f"{type(adapter.strategy).__name__} would train {listed(packed, 3)} in place, and these layers are "
+            "quantized, so that they stay as they are. Choose a strategy that adds to them, such as LoRA, keep the "
+            "layers out of the quantization (keep), or leave the base unquantized."
+        )
 
 
 def _train_in_place(adapter: Adapter, keep_base: bool) -> None:
@@ -401,7 +414,7 @@ def _train_in_place(adapter: Adapter, keep_base: bool) -> None:
 def _placed(delta: Delta, module: nn.Module) -> Delta:
     """The delta in its module's mode and on its device; in float32, or in float64 where the base is."""
     delta.train(module.training)
-    beside = next((p for p in module.parameters() if p.is_floating_point()), None)
+    beside = next(iter(module.parameters()), None)
     if beside is None:
         return delta
     return delta.to(beside.device, torch.float64 if beside.dtype == torch.float64 else torch.float32)

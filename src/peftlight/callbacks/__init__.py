@@ -2,6 +2,7 @@
 
 from peftlight.callbacks.predictions import PredictionWriter, ShowPredictions
 from peftlight.callbacks.progress import Progress
+from peftlight.callbacks.quantize import Quantize
 from peftlight.callbacks.run_record import RunRecord
 
-__all__ = ["PredictionWriter", "Progress", "RunRecord", "ShowPredictions"]
+__all__ = ["PredictionWriter", "Progress", "Quantize", "RunRecord", "ShowPredictions"]

@@ -17,6 +17,7 @@ from peftlight.errors import UserError
 from peftlight.files import write_text
 from peftlight.handover.model_card import write_card
 from peftlight.interop import save_adapter
+from peftlight.quantization import held
 from peftlight.report import rows_of, table_of
 from peftlight.tasks import PEFTModule
 
@@ -60,6 +61,9 @@ class RunRecord(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and isinstance(pl_module, PEFTModule):
             assert pl_module.adapter is not None
+            if pl_module.quantization is not None:
+                assert pl_module.model is not None
+                say(f"the base in {pl_module.quantization}: {held(pl_module.model)}")
             say(table_of(pl_module.adapter))
             say(_plan(trainer, pl_module))
             self.record["trained"] = [_plain(row) for row in rows_of(pl_module.adapter)]
@@ -98,9 +102,14 @@ class RunRecord(Callback):
         """What is kept with the adapter, wherever its folder goes; laid out as `peftlight.interop.Record`."""
         data: Any = getattr(trainer, "datamodule", None)
         source = getattr(data, "source", None)
+        quantization = module.quantization
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         return {
-            "base": {"auto_class": module.auto_class, **(_plain(module.source) if module.source else {})},
+            "base": {
+                "auto_class": module.auto_class,
+                "quantization": quantization and quantization.described(),
+                **(_plain(module.source) if module.source else {}),
+            },
             "task": type(module).__name__,
             "label_names": getattr(module, "label_names", None),
             "data": {

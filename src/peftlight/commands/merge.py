@@ -55,10 +55,12 @@ def merge(
     (folder,) = named_folders([adapter]).values()
     opened = _opened(folder, opening)
     probes, beside = _probes_and_companions(opened, texts, tokenizer)
+    as_trained = _as_trained(folder, probes, opening)
     written = getattr(torch, dtype) if dtype else None
     certificate = save_merged(
         next(iter(opened.adapters)), out, probes, dtype=written, tolerance=tolerance, source=folder,
         base=(opened.source.name, opened.source.revision), beside=beside, overwrite=overwrite, free=True,
+        as_trained=as_trained,
     )  # fmt: skip
     say(_table(certificate))
     say(f"\nTo load it: transformers.{opened.auto_class}.from_pretrained({out!r}, dtype={certificate.dtype!r})")
@@ -86,6 +88,19 @@ def _opened(folder: "Path", opening: Opening) -> "Opened":
     opened = open_adapters([str(folder)], replace(opening, dtype=known.get(record.dtype, "auto")))
     opened.adapters.use(*opened.adapters.names)
     return opened
+
+
+def _as_trained(folder: "Path", probes: "Probes", opening: Opening) -> list[Any]:
+    """The answers on the quantized base that the adapter was trained on; none where it was a plain one."""
+    from peftlight.interop import read_record
+    from peftlight.merging.probes import answers
+    from peftlight.opened import open_adapters
+
+    if read_record(folder).base.quantization is None:
+        return []
+    opened = open_adapters([str(folder)], opening)
+    opened.adapters.use(*opened.adapters.names)
+    return answers(opened.model, probes)
 
 
 def _probes_and_companions(
@@ -160,6 +175,13 @@ def _rows(found: "Certificate") -> "Iterator[tuple[str, str]]":
         )
     if found.folding is not None:
         yield "folded, not yet rounded", f"outputs of each module within {found.folding:.1e} of those with its delta"
+    if found.quantized is not None:
+        gap = found.quantized
+        yield (
+            "from the quantized run",
+            f"{gap.largest:.3g} at most, {gap.mean:.3g} on average, "
+            + ("" if gap.agreement is None else f"{gap.agreement:.2%} the same best class"),
+        )
     if found.changed is not None:
         yield "change of the weights", f"{found.changed:.2e} of the norm of what is changed"
     if found.lost:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peftlight.delta import CHILD
 from peftlight.interop.hf.names import SHORT_PREFIX, without_prefix
+from peftlight.linear import is_quantized
 from peftlight.strategy import Adapter, adapters_on
 
 _MOST = 1 << 16
@@ -25,7 +26,7 @@ class Fingerprint:
     """What is compared of a base; all None where nothing of it is frozen."""
 
     dtype: str | None
-    """The number format of most of its values: "float32", "bfloat16"; of a quantized base "uint8", "int8"."""
+    """The number format of most of its values: "float32", "bfloat16"; "uint8" or "int8" if layers are quantized."""
     shapes: str | None
     """SHA-256 over the names and shapes of the frozen tensors."""
     weights: str | None
@@ -52,7 +53,10 @@ def fingerprint(adapter: Adapter, in_file: Collection[str] = ()) -> Fingerprint:
         shapes.update(f"{name} {shape}\n".encode())
         if readable:
             weights.update(f"{name} {shape}\n".encode() + _values(tensor))
-    dtype = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    packed = next(
+        (module.get_parameter("weight").dtype for module in adapter.model.modules() if is_quantized(module)), None
+    )
+    dtype = str(packed or sizes.most_common(1)[0][0]).removeprefix("torch.")
     return Fingerprint(dtype, shapes.hexdigest(), weights.hexdigest() if readable else None)
 
 

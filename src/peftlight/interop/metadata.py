@@ -47,6 +47,8 @@ class BaseRecord:
     auto_class: str | None = None
     """The class of transformers that made the model."""
     trust_remote_code: bool | None = None
+    quantization: dict[str, Any] | None = None
+    """How its linear layers were held in few bits; None: as plain numbers."""
     dtype: str | None = None
     shapes: str | None = None
     weights: str | None = None

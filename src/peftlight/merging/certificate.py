@@ -42,6 +42,8 @@ class Certificate:
     """Between base and adapter, and the written model."""
     effect: Difference | None
     """Between base and adapter, and the base alone; None where the base alone is not there, or has other classes."""
+    quantized: Difference | None
+    """Between the adapter on the quantized base that it was trained on, and the written model; None: it was plain."""
     tolerance: float
     """What `difference.relative` may be at most."""
     changed: float | None
@@ -68,6 +70,7 @@ class Certificate:
             **vars(self),
             "difference": self.difference.as_plain(),
             "effect": self.effect and self.effect.as_plain(),
+            "quantized": self.quantized and self.quantized.as_plain(),
             "verdict": "within the tolerance" if self.passes else "beyond the tolerance",
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         }

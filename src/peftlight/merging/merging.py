@@ -35,6 +35,7 @@ def save_merged(
     overwrite: bool = False,
     shard_size: str = "5GB",
     free: bool = False,
+    as_trained: Sequence[Tensor] = (),
 ) -> Certificate:
     """Write the adapter's model with the adapter folded in, as plain transformers loads it, and prove it.
 
@@ -53,6 +54,7 @@ def save_merged(
         beside: what else goes into the folder: a tokenizer, an image processor.
         overwrite: whether a merged model that is there already may be replaced.
         shard_size: the most that one file of weights holds.
+        as_trained: the answers to the probes on a quantized base, if the adapter was trained on one.
         free: give up the model's memory before the written one is loaded; the model is of no use afterwards.
 
     Raises:
@@ -79,9 +81,12 @@ def save_merged(
             adapter.originals.clear()
         again = _loaded(model, temporary, dtype)
         check_loaded(again, written, dtype)
-        gap = difference(expected, answers(again, probes), has_classes(model))
+        found_again = answers(again, probes)
+        gap = difference(expected, found_again, has_classes(model))
+        quantized = difference(as_trained, found_again, has_classes(model)) if as_trained else None
         found = Certificate(
             **told, dtype=str(dtype).removeprefix("torch."), difference=gap, effect=effect,
+            quantized=quantized,
             tolerance=_tolerance(own, dtype) if tolerance is None else tolerance,
             changed=plain.changed, lost=plain.lost, untied=plain.untied, prompts=probes.texts,
             remarks=remarks_on(plain, adapter, source, gap, effect), files=_hashes(temporary), folding=folding,

@@ -99,9 +99,12 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _recorded_dtype(folder: Path) -> Dtype:
-    recorded = read_record(folder).base.dtype
-    return recorded if recorded in ("bfloat16", "float16") else "float32"  # type: ignore[return-value]
+def _recorded_dtype(folder: Path) -> Dtype | None:
+    """The number format of the base in training; None where it was held in few bits, as the record says too."""
+    base = read_record(folder).base
+    if base.quantization is not None:
+        return None
+    return base.dtype if base.dtype in ("bfloat16", "float16") else "float32"  # type: ignore[return-value]
 
 
 def _precision_for(opened: Opened) -> str:

@@ -211,10 +211,6 @@ class LoRA(PEFTStrategy):
                 f"LoRA's init_lora_weights {self.init_lora_weights} is for linear layers; {name} is a "
                 f"{type(module).__name__}. Leave it out (exclude_modules), or choose default or gaussian."
             )
-        if self.use_dora and not module.get_parameter("weight").is_floating_point():
-            raise UserError(
-                f"LoRA's use_dora needs the weight of {name} as numbers, and it is quantized. Leave use_dora out."
-            )
         if isinstance(module, nn.Embedding):
             sizes = (rank, module.num_embeddings, module.embedding_dim, scale)
             return EmbeddingDoRA(*sizes, module) if self.use_dora else EmbeddingLoRA(*sizes)

@@ -1,8 +1,9 @@
 """What every task shares: the model with its strategy, the loss per label, the optimizer, and what is saved."""
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,13 +16,17 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from peftlight.errors import UserError, listed
 from peftlight.liveness import Liveness, Verdict
+from peftlight.paths import own_parameters
 from peftlight.pretrained import Dtype, Source, checkpoint_gradients
+from peftlight.quantization import Quantization, in_float32
 from peftlight.strategy import Adapter, PEFTStrategy, attach
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.label_window import LabelWindow
 from peftlight.tasks.optimizer import default_optimizer, new_optimizer
 from peftlight.tasks.preparation import prepare_strategy
 from peftlight.tasks.schedule import LinearWarmup
+
+AdapterDtype = Literal["float32", "bfloat16"]
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -65,6 +70,8 @@ class PEFTModule(LightningModule):
         self.trained_modules, self.dtype_of_base = trained_modules, dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.quantization: Quantization | None = None
+        self.adapter_dtype: AdapterDtype = "float32"
         self.adapter: Adapter | None = None
         self.verdict: Verdict | None = None
         self._liveness: Liveness | None = None
@@ -110,6 +117,9 @@ class PEFTModule(LightningModule):
             adapter = attach(model, self.strategy, modules_to_train=heads)
             self._refuse_untrained(adapter, new)
             adapter.train_in_float32()
+            if self.quantization is not None:
+                in_float32(model, heads)
+                _cast(adapter, self.adapter_dtype)
             if self.gradient_checkpointing:
                 checkpoint_gradients(model)
             self.model, self.adapter = model, adapter  # only now: a second try must meet the same errors
@@ -125,11 +135,15 @@ class PEFTModule(LightningModule):
     def _base(self) -> tuple[nn.Module, list[str]]:
         """The base model, and the names of the parameters that no file held."""
         if self.model is not None:
+            if self.quantization is not None:
+                self.quantization.apply(self.model)
             return self.model, []
         if self.source is None:
             raise UserError("There is no base model: it was given as an object, which no checkpoint holds. "
                             "Give it again: load_from_checkpoint(path, base_model=model).")  # fmt: skip
-        return self.source.load_model(self.auto_class, self.dtype_of_base, **self.model_options())
+        device = self._trainer.strategy.root_device if self._trainer else torch.device("cpu")
+        held: dict[str, Any] = {"quantization": self.quantization, "device": device} if self.quantization else {}
+        return self.source.load_model(self.auto_class, self.dtype_of_base, **held, **self.model_options())
 
     def _refuse_untrained(self, adapter: Adapter, new: Sequence[str]) -> None:
         lost = sorted(set(new) - set(adapter.parameters()))
@@ -143,7 +157,7 @@ class PEFTModule(LightningModule):
     def _check_precision(self) -> None:
         assert self.adapter is not None
         assert self.model is not None
-        base_is_half = any(p.dtype in _HALF for p in self.model.parameters())
+        base_is_half = any(p.dtype in _HALF for _, p in own_parameters(self.model))
         if base_is_half and self.adapter.trained and self._trainer and "mixed" not in self._trainer.precision:
             raise UserError(
                 f"model.dtype is {self.dtype_of_base} and {listed(self.adapter.trained, 3)} stay in float32: the two "
@@ -308,10 +322,21 @@ class PEFTModule(LightningModule):
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
         own = self._own_state()
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
+        checkpoint["quantization"] = self.quantization.described() if self.quantization else None
         checkpoint["hyper_parameters"] = {
             **self.hparams,
             "strategy": spec_of(self.strategy),
         }  # it may have been settled
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say it where the base is held in another way than it was trained on: the numbers are not quite the same."""
+        there, here = checkpoint.get("quantization"), self.quantization.described() if self.quantization else None
+        if there != here:
+            warnings.warn(
+                f"The checkpoint was trained on a base held as {there or 'plain numbers'}; here it is held as "
+                f"{here or 'plain numbers'}.",
+                stacklevel=2,
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what is trained; strict about it, whatever is asked for, and silent about the frozen base.
@@ -361,3 +386,9 @@ def longest_row(datamodule: Any, *roles: str) -> int:
     summaries = getattr(datamodule, "summaries", None) or {}
     longest = max(getattr(summaries.get(role), "longest", 0) for role in roles)
     return min(longest, getattr(datamodule, "max_length", longest))
+
+
+def _cast(adapter: Adapter, dtype: AdapterDtype) -> None:
+    """Put the deltas into `dtype`; what the adapter trains in place stays as it is."""
+    for delta in adapter.sites.values():
+        delta.to(getattr(torch, dtype))

@@ -1,8 +1,10 @@
 """The optimizer of a run: its default, and one group for each learning rate that the strategy asks for."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -25,8 +27,18 @@ def new_optimizer(make: Callable[[Any], Optimizer], parameters: Iterable[nn.Para
         if parameter.requires_grad:
             groups.setdefault(factor_of.get(id(parameter), 1.0), []).append(parameter)
     if set(groups) == {1.0}:
-        return make(groups[1.0])
-    optimizer = make([{"params": group} for group in groups.values()])
+        return _remarked(make(groups[1.0]))
+    optimizer = _remarked(make([{"params": group} for group in groups.values()]))
     for group, factor in zip(optimizer.param_groups, groups, strict=True):
         group["lr"] = group["lr"] * factor
+    return optimizer
+
+
+def _remarked(optimizer: Optimizer) -> Optimizer:
+    if getattr(optimizer, "is_paged", False) and not torch.cuda.is_available():
+        warnings.warn(
+            f"{type(optimizer).__name__} is paged only beside a CUDA card. Here the optimizer's state is kept in "
+            "ordinary memory; the numbers are the same.",
+            stacklevel=2,
+        )
     return optimizer
