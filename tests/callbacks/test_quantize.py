@@ -67,6 +67,15 @@ def test_callbacks_of_other_files_are_kept(tmp_path: Path, encoder: Path) -> Non
     assert "LearningRateMonitor" in config
 
 
+def test_callbacks_that_would_replace_it_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("trainer:\n  callbacks:\n    - class_path: lightning.pytorch.callbacks.LearningRateMonitor\n")
+    assert main(["fit", "--config", str(CONFIGS / "lora.yaml"), *OVERLAY, "--config", str(mine)]) == 2
+    error = capsys.readouterr().err
+    assert f"{mine}:2: trainer.callbacks would replace the callbacks of {CONFIGS / '4bit.yaml'}:" in error
+    assert "write callbacks+ in place of callbacks" in error
+
+
 def test_the_run_is_evaluated_on_the_base_that_it_was_trained_on(
     tmp_path: Path, encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

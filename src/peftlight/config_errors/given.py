@@ -34,6 +34,8 @@ class Given:
     """As `path`, with `init_args`."""
     in_list: bool = False
     """Whether the value is one of several under the key."""
+    adds: bool = False
+    """Whether the key has a plus, so that its list is added to an earlier one."""
 
     @property
     def on_command_line(self) -> bool:
@@ -63,7 +65,26 @@ def read_given(arguments: Sequence[str]) -> list[Given]:
             )
         if one.path in (("model", "optimizer"), ("model", "lr_scheduler")):
             raise UserError(f"{one.where}: {one.path[-1]} is a key of the top level: here it would have no effect.")
+    _check_callbacks(given)
     return given
+
+
+def _check_callbacks(given: Sequence[Given]) -> None:
+    """A list without a plus would silently take the place of an earlier one, of a quantization for example."""
+    before: Given | None = None
+    for one in given:
+        if one.path != ("trainer", "callbacks") or one.on_command_line or one.in_list or one.value is not None:
+            continue  # a single value is null, or refused elsewhere
+        if before is not None and not one.adds and _file_of(before) != _file_of(one):
+            raise UserError(
+                f"{one.where}: trainer.callbacks would replace the callbacks of {before.where}. To add to them, write "
+                "callbacks+ in place of callbacks."
+            )
+        before = before or one
+
+
+def _file_of(one: Given) -> str:
+    return one.where.rpartition(":")[0]
 
 
 def _is_mapping(value: str | None) -> bool:
@@ -148,7 +169,8 @@ def _walk(
         _refuse_wrong_holder(_where(source, key), key.value, inner, value)
         is_text = isinstance(value, yaml.ScalarNode)
         if plain(names):
-            yield Given(inner, value.value if is_text else None, _where(source, key), inner_level)
+            yield Given(inner, value.value if is_text else None, _where(source, key), inner_level,
+                        adds=key.value.endswith("+"))  # fmt: skip
         if is_text:
             yield from _named_file(value.value, inner, inner_level, folder)
         yield from _walk(value, inner, inner_level, source, folder, parents)
