@@ -317,7 +317,7 @@ def test_what_cannot_work_is_refused(case: str) -> None:
 
 
 def test_dora_of_a_quantized_layer_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="use_dora needs the weight of 0 as numbers"):
+    with pytest.raises(UserError, match="weight of this Eighths is quantized"):
         attach(nn.Sequential(Eighths()), LoRA(rank=2, target_modules=["0"], use_dora=True))
 
 

@@ -42,8 +42,6 @@ class Certificate:
     """Between base and adapter, and the written model."""
     effect: Difference | None
     """Between base and adapter, and the base alone; None where the base alone is not there, or has other classes."""
-    quantized: Difference | None
-    """Between the adapter on the quantized base that it was trained on, and the written model; None: it was plain."""
     tolerance: float
     """What `difference.relative` may be at most."""
     changed: float | None
@@ -52,6 +50,8 @@ class Certificate:
     untied: list[str]
     prompts: list[str]
     """What both were asked; none where they were asked images of noise."""
+    quantized: Difference | None = None
+    """Between the adapter on the quantized base that it was trained on, and the written model; None: it was plain."""
     remarks: list[str] = field(default_factory=list)
     """What else is to be known of the result."""
     files: dict[str, str] = field(default_factory=dict)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlight.delta import Base, Factors
-from peftlight.linear import weight_of
+from peftlight.linear import is_quantized, weight_of, widths
 from peftlight.strategies.lora_layers import LinearLoRA, plain_lora
 
 
@@ -85,5 +85,10 @@ def start_from(module: nn.Module, rank: int, scale: float, how: str, iterations:
 
 @torch.no_grad()
 def _full_weight(module: nn.Module) -> Tensor:
-    """The weight (out, in) as float32."""
-    return weight_of(module).to(torch.float32)
+    """The weight (out, in) as float32; of a layer quantized in another way, by what it makes of unit vectors."""
+    weight = module.get_parameter("weight")
+    if weight.is_floating_point() or is_quantized(module):
+        return weight_of(module).to(torch.float32)
+    own, units = type(module).forward, torch.eye(widths(module)[0], device=weight.device)
+    columns: Tensor = own(module, units).to(torch.float32) - own(module, 0 * units[:1]).to(torch.float32)
+    return columns.T
