@@ -117,7 +117,8 @@ def _held(quantizations: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
         raise UserError(f"The adapters were trained on a base held in different ways ({each}). Say in which number "
                         "format all of them get it: --dtype float32")  # fmt: skip
     value = next(iter(quantizations.values()), None)
-    return {"quantization": Quantization.from_plain(value), "device": torch.device("cpu")} if value else {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where it will compute, as in its training
+    return {"quantization": Quantization.from_plain(value), "device": device} if value else {}
 
 
 def _class_of(source: Source) -> str:

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 
 from peftlight.errors import UserError, listed, nearest
 from peftlight.files import cache_folder
-from peftlight.quantization import Quantization, hold_still, skeleton
+from peftlight.quantization import Quantization, hold_still, one_by_one, skeleton
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 PACKAGE = "pypi:"
@@ -66,7 +66,7 @@ class Source:
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         held = {} if quantization is None else self._held(quantization, auto_class, device, **config)
         try:
-            with without_remarks():
+            with without_remarks(), one_by_one() if held else nullcontext():
                 model, info = loader.from_pretrained(
                     self._path(), dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True,
                     **self._trust(), **held, **config,

@@ -9,8 +9,10 @@ The layers are those of bitsandbytes. transformers reads a checkpoint tensor by 
 """
 
 import importlib
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, Literal, get_type_hints
@@ -23,6 +25,9 @@ from peftlight.linear import is_conv1d, is_linear, is_quantized, widths
 from peftlight.paths import heads_of, inside
 from peftlight.targets import matching
 from peftlight.typed import fits
+
+_BIAS = "bias_before_forward"
+_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ class Quantization:
         kept = [f"^{re.escape(path)}$" for path in self.kept(model)]
         return {"quantization_config": _config(self, kept, device), "device_map": {"": device}}
 
-    def apply(self, model: nn.Module) -> None:
-        """Quantize the linear layers of a model in memory, one after the other.
+    def apply(self, model: nn.Module, device: torch.device | None = None) -> None:
+        """Quantize the linear layers of a model in memory, one after the other, on `device` or where they are.
 
         Raises:
             UserError: nothing is there to quantize.
@@ -104,20 +109,22 @@ class Quantization:
         kept = set(self.kept(model))
         for path, module in list(model.named_modules()):
             if is_linear(module) and not is_quantized(module) and path not in kept:
-                model.set_submodule(path, self._layer(module))
+                model.set_submodule(path, self._layer(module if device is None else module.to(device)))
         hold_still(model)
 
     def check_same(self, already: Any, name: str) -> None:
-        """See that a checkpoint which is quantized itself is so in as many bits.
+        """See that a checkpoint which is quantized itself is so in the same way.
 
         Raises:
             UserError: it is not.
         """
         told = already if isinstance(already, dict) else already.to_dict()
-        bits = {"load_in_4bit": 4, "load_in_8bit": 8}
-        there = next((bits[key] for key in bits if told.get(key)), None)
-        if told.get("quant_method") != "bitsandbytes" or there != self.bits:
-            how = f"{told.get('quant_method')}{f', {there} bits' if there else ''}"
+        bits = next((bits for bits in (4, 8) if told.get(f"load_in_{bits}bit")), None)
+        kind, double = told.get("bnb_4bit_quant_type"), bool(told.get("bnb_4bit_use_double_quant"))
+        same = bits == self.bits and (bits == 8 or (kind, double) == (self.quant_type, self.double_quant))
+        if told.get("quant_method") != "bitsandbytes" or not same or self.keep:
+            four = f" {kind}{' with double quantization' if double else ''}" if bits == 4 else ""
+            how = f"{told.get('quant_method')}{f', {bits} bits{four}' if bits else ''}"
             raise UserError(
                 f"The model {name!r} is quantized already ({how}), and cannot be held in {self} besides: leave "
                 "Quantize out, or name the full-precision model."
@@ -153,6 +160,23 @@ class Quantization:
             return dtype
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Within the block transformers reads a tensor when its turn comes.
+
+    Else its threads read ahead of the slower quantization, and in the end all of the full weights wait in memory.
+    """
+    before = os.environ.get(_READ_AHEAD)
+    os.environ[_READ_AHEAD] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_READ_AHEAD]
+        else:
+            os.environ[_READ_AHEAD] = before
 
 
 def skeleton(config: Any, auto_class: str, **options: Any) -> nn.Module:
@@ -217,11 +241,27 @@ def hold_still(model: nn.Module) -> None:
     """Keep quantized weights as they are.
 
     On newer CPUs bitsandbytes packs them anew at the first row in eval mode, and rounds their scales: evaluation would
-    be on another model than training, and the frozen base would move.
+    be on another model than training, and the frozen base would move. And it rounds a layer's bias to the number format
+    of the input, for good.
     """
     for module in model.modules():
-        if is_quantized(module):
+        if is_quantized(module) and not hasattr(module, _BIAS):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            setattr(module, _BIAS, None)
+            module.register_forward_pre_hook(_keep_bias)
+            module.register_forward_hook(_put_bias_back, always_call=True)
+
+
+def _keep_bias(layer: nn.Module, inputs: Any) -> None:
+    bias = layer.bias
+    setattr(layer, _BIAS, bias.data if isinstance(bias, nn.Parameter) else None)
+
+
+def _put_bias_back(layer: nn.Module, inputs: Any, output: Any) -> None:
+    kept = getattr(layer, _BIAS)
+    if kept is not None:
+        layer.get_parameter("bias").data = kept
+        setattr(layer, _BIAS, None)
 
 
 @cache

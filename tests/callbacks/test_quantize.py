@@ -152,14 +152,14 @@ def test_a_model_that_is_quantized_already_is_loaded_or_refused(tmp_path: Path, 
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     AutoModelForCausalLM.from_pretrained(decoder, quantization_config=four).save_pretrained(tmp_path / "four")
     AutoTokenizer.from_pretrained(decoder).save_pretrained(tmp_path / "four")
-    for callbacks in ([], [Quantize()]):
+    for callbacks in ([], [Quantize(double_quant=False)]):
         model = CausalLM(str(tmp_path / "four"), LoRA(rank=2))
         model.quantization = callbacks[0].quantization if callbacks else None
         model.configure_model()
         assert any(is_quantized(each) for each in model.modules())
     model = CausalLM(str(tmp_path / "four"), LoRA(rank=2))
     model.quantization = Quantize(bits=8).quantization
-    with pytest.raises(UserError, match=r"quantized already \(bitsandbytes, 4 bits\)"):
+    with pytest.raises(UserError, match=r"quantized already \(bitsandbytes, 4 bits nf4\)"):
         model.configure_model()
 
 
@@ -220,3 +220,30 @@ def test_a_checkpoint_on_a_base_held_otherwise_is_told(tmp_path: Path, encoder: 
         assert main(["validate", *plain, "--trainer.accelerator=cpu", *again]) == 0
     (validated,) = (tmp_path / "again").iterdir()
     assert "was trained on a base held as {'bits': 4" in (validated / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_biases_of_quantized_layers_stay_what_they_are(tmp_path: Path, bits: Any, precision: Any) -> None:
+    """bitsandbytes rounds them to the format of the input; the audit at the end of a fit would refuse the adapter."""
+    model = make("bert")
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("dense.bias")}
+    task = SequenceClassification(model, LoRA(rank=2))
+    trained(tmp_path, Quantize(bits=bits, block_size=32), model=task, precision=precision)
+    after = dict(task.model.named_parameters())
+    assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
+
+
+def test_a_task_is_not_said_to_be_held_otherwise_than_it_is(tmp_path: Path) -> None:
+    task = trained(tmp_path, Quantize(block_size=32))
+    with pytest.raises(UserError, match="comes too late"):
+        trained(tmp_path, Quantize(bits=8), model=task)
+
+
+def test_a_half_precision_base_needs_mixed_precision(tmp_path: Path, decoder: Path) -> None:
+    task = CausalLM(str(decoder), LoRA(rank=2), dtype="bfloat16")
+    with pytest.raises(UserError, match=r"quantized base stay in float32.*bf16-mixed"):
+        trained(tmp_path, Quantize(block_size=32), model=task)

@@ -42,7 +42,8 @@ class Quantize(Callback):
         _refuse_others(trainer)
         if not isinstance(pl_module, PEFTModule):
             raise UserError(f"Quantize needs a task of peftlight; {type(pl_module).__name__} is none.")
-        if pl_module.adapter is not None and pl_module.quantization is None:
+        asked = (self.quantization, self.adapter_dtype)
+        if pl_module.adapter is not None and (pl_module.quantization, pl_module.adapter_dtype) != asked:
             raise UserError("Quantize comes too late: the base is loaded already. Make a new task for it.")
         pl_module.quantization, pl_module.adapter_dtype = self.quantization, self.adapter_dtype
 

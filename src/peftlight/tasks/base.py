@@ -134,14 +134,14 @@ class PEFTModule(LightningModule):
 
     def _base(self) -> tuple[nn.Module, list[str]]:
         """The base model, and the names of the parameters that no file held."""
+        device = self._trainer.strategy.root_device if self._trainer else torch.device("cpu")
         if self.model is not None:
             if self.quantization is not None:
-                self.quantization.apply(self.model)
+                self.quantization.apply(self.model, device)
             return self.model, []
         if self.source is None:
             raise UserError("There is no base model: it was given as an object, which no checkpoint holds. "
                             "Give it again: load_from_checkpoint(path, base_model=model).")  # fmt: skip
-        device = self._trainer.strategy.root_device if self._trainer else torch.device("cpu")
         held: dict[str, Any] = {"quantization": self.quantization, "device": device} if self.quantization else {}
         return self.source.load_model(self.auto_class, self.dtype_of_base, **held, **self.model_options())
 
@@ -158,12 +158,21 @@ class PEFTModule(LightningModule):
         assert self.adapter is not None
         assert self.model is not None
         base_is_half = any(p.dtype in _HALF for _, p in own_parameters(self.model))
-        if base_is_half and self.adapter.trained and self._trainer and "mixed" not in self._trainer.precision:
+        if (
+            base_is_half
+            and (self.adapter.trained or self.quantization)
+            and self._trainer
+            and "mixed" not in self._trainer.precision
+        ):
             raise UserError(
-                f"model.dtype is {self.dtype_of_base} and {listed(self.adapter.trained, 3)} stay in float32: the two "
+                f"model.dtype is {self.dtype_of_base} and {self._in_float32()} stay in float32: the two "
                 f"meet only under automatic mixed precision, but trainer.precision is {self._trainer.precision}. "
                 "Set --trainer.precision bf16-mixed, or --model.dtype float32."
             )
+
+    def _in_float32(self) -> str:
+        assert self.adapter is not None
+        return listed(self.adapter.trained, 3) or "heads and normalisations of a quantized base"
 
     def forward(self, **inputs: Tensor) -> Any:
         """The base model's own output with the adapter active."""

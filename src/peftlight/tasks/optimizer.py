@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -35,7 +34,8 @@ def new_optimizer(make: Callable[[Any], Optimizer], parameters: Iterable[nn.Para
 
 
 def _remarked(optimizer: Optimizer) -> Optimizer:
-    if getattr(optimizer, "is_paged", False) and not torch.cuda.is_available():
+    on_card = any(parameter.is_cuda for group in optimizer.param_groups for parameter in group["params"])
+    if getattr(optimizer, "is_paged", False) and not on_card:
         warnings.warn(
             f"{type(optimizer).__name__} is paged only beside a CUDA card. Here the optimizer's state is kept in "
             "ordinary memory; the numbers are the same.",
