@@ -331,7 +331,7 @@ class PEFTModule(LightningModule):
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
         own = self._own_state()
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
-        checkpoint["quantization"] = self.quantization.described() if self.quantization else None
+        checkpoint["quantization"] = self._held()
         checkpoint["hyper_parameters"] = {
             **self.hparams,
             "strategy": spec_of(self.strategy),
@@ -339,13 +339,16 @@ class PEFTModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say it where the base is held in another way than it was trained on: the numbers are not quite the same."""
-        there, here = checkpoint.get("quantization"), self.quantization.described() if self.quantization else None
+        there, here = checkpoint.get("quantization"), self._held()
         if there != here:
             warnings.warn(
                 f"The checkpoint was trained on a base held as {there or 'plain numbers'}; here it is held as "
                 f"{here or 'plain numbers'}.",
                 stacklevel=2,
             )
+
+    def _held(self) -> dict[str, Any] | None:
+        return self.quantization.described() if self.quantization else None
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what is trained; strict about it, whatever is asked for, and silent about the frozen base.
