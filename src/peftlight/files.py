@@ -111,6 +111,15 @@ def write_folder(path: str | Path, write: Callable[[Path], object], replace: boo
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove the temporary files and folders of writers that were killed; none may be at work in the folder."""
+    for left in folder.glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 def as_os_error(error: Exception) -> Exception:
     """The failure of the disk that a library in Rust reports as another kind of error; any other error as it is."""
     number = str(error).rpartition("os error ")[2].partition(")")[0]

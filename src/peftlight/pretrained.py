@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,10 @@ from torch import nn
 
 from peftlight.errors import UserError, listed, nearest
 from peftlight.files import cache_folder
-from peftlight.quantization import Quantization, hold_still, one_by_one, skeleton
+from peftlight.loading_errors import no_safetensors, not_loaded
+from peftlight.locks import alone
+from peftlight.paths import heads_of, inside, place_of
+from peftlight.quantization import Quantization, hold_still, skeleton
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 PACKAGE = "pypi:"
@@ -66,21 +69,32 @@ class Source:
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         held = {} if quantization is None else self._held(quantization, auto_class, device, **config)
         try:
-            with without_remarks(), one_by_one() if held else nullcontext():
+            with without_remarks():
                 model, info = loader.from_pretrained(
                     self._path(), dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True,
-                    **self._trust(), **held, **config,
+                    use_safetensors=True, **self._trust(), **held, **config,
                 )  # fmt: skip
         except _LOADING_FAILED as error:
-            raise UserError(_explain(self.name, f"as {auto_class}", error)) from error
+            if isinstance(error, OSError) and "safetensors" in str(error):
+                raise no_safetensors(self.name, auto_class) from error
+            raise self._not_loaded(f"as {auto_class}", error) from error
         if info["mismatched_keys"] and not new_head:
             shapes = (
                 f"{key} is {tuple(had)} there, {tuple(asked)} here" for key, had, asked in info["mismatched_keys"]
             )
             choice = "" if new_head is None else " To put a new one there and train it: --model.new_head true"
             raise UserError(f"The model {self.name!r} was made for something else: {listed(shapes)}.{choice}")
+        self._check_whole(model, info["missing_keys"])
         hold_still(model)
         return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+
+    def _check_whole(self, model: nn.Module, missing: Iterable[str]) -> None:
+        """What is missing may be a new head; a layer of a stack is not."""
+        heads = heads_of(model)
+        lost = sorted(key for key in missing if place_of(key) and not inside(key, heads))
+        if lost:
+            raise UserError(f"The files of the model {self.name!r} lack weights of its layers: {listed(lost, 4)}. They "
+                            "are incomplete, or of another version of the model: fetch them again.")  # fmt: skip
 
     def _held(
         self, quantization: Quantization, auto_class: str, device: torch.device | None, **config: Any
@@ -104,7 +118,7 @@ class Source:
         try:
             return AutoConfig.from_pretrained(self._path(), **self._trust(), **config)
         except _LOADING_FAILED as error:
-            raise UserError(_explain(self.name, "with its configuration", error)) from error
+            raise self._not_loaded("with its configuration", error) from error
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer.
@@ -117,11 +131,16 @@ class Source:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self._path(), **self._trust())
         except _LOADING_FAILED as error:
-            raise UserError(_explain(self.name, "with its tokenizer", error)) from error
+            if "backend tokenizer" in str(error):  # with advice on packages that would not help
+                raise self._without_tokenizer() from error
+            raise self._not_loaded("with its tokenizer", error) from error
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
-            raise UserError(f"The model {self.name!r} comes without the files of its tokenizer: it would know no word. "
-                            "Name another tokenizer: --data.tokenizer NAME")  # fmt: skip
+            raise self._without_tokenizer()
         return tokenizer
+
+    def _without_tokenizer(self) -> UserError:
+        return UserError(f"The model {self.name!r} comes without the files of its tokenizer: it would know no word. "
+                         "Name another tokenizer: --data.tokenizer NAME")  # fmt: skip
 
     def load_image_processor(self) -> Any:
         """What makes images into the model's inputs: resizing, cropping, normalising.
@@ -134,14 +153,19 @@ class Source:
         try:
             return AutoImageProcessor.from_pretrained(self._path(), backend="pil", **self._trust())
         except _LOADING_FAILED as error:
-            raise UserError(f"{_explain(self.name, 'with its image processor', error)}\n  Without one, say what is to "
+            raise UserError(f"{self._not_loaded('with its image processor', error)}\n  Without one, say what is to "
                             "become of the images: set data.image_size, data.image_mean and data.image_std, or name "
                             "another with data.image_processor.") from error  # fmt: skip
+
+    def _not_loaded(self, how: str, error: Exception) -> UserError:
+        return not_loaded(self.name, self._path(), how, error)
 
     def _trust(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     def _path(self) -> str:
+        if not self.name:
+            raise UserError("The name of the model is empty. Give a hub id, a folder or a .gguf file.")
         packaged = self.name.startswith(PACKAGE)
         place = _package_folder(self.name[len(PACKAGE) :]) if packaged else Path(self.name).expanduser()
         if place.is_dir() and not (place / "config.json").exists():
@@ -190,6 +214,9 @@ def _only_gguf(folder: Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
         return files[0]
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} is the folder of an adapter, not of a model. Give the base that it was trained on; "
+                        f"to begin a training from the adapter: --init_adapter {folder}")  # fmt: skip
     found = f"{len(files)} .gguf files ({listed(f.name for f in files)}): name one" if files else "no .gguf file"
     raise UserError(f"{folder} holds no model: there is no config.json and {found}.")
 
@@ -197,6 +224,7 @@ def _only_gguf(folder: Path) -> Path:
 def _check_hub_id(name: str) -> None:
     parts = name.split("/")
     looks_local = name.startswith((".", "/", "~")) or len(parts) > 2 or Path(name).suffix in {".gguf", ".safetensors"}
+    looks_local |= len(parts) == 2 and Path(parts[0]).is_dir()
     if not looks_local:
         return
     parent = Path(name).expanduser().parent
@@ -212,7 +240,9 @@ def _converted(gguf: Path) -> Path:
     state = gguf.stat()
     folder = cache_folder() / "gguf" / _digest(gguf, state.st_size, state.st_mtime_ns)[:32]
     if not folder.exists():
-        _convert(gguf, folder)
+        with alone(folder):
+            if not folder.exists():  # else another process converted it meanwhile
+                _convert(gguf, folder)
     return folder
 
 
@@ -229,7 +259,6 @@ def _digest(file: Path, size: int, changed: int) -> str:
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     half_done = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -241,19 +270,9 @@ def _convert(gguf: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(**source).save_pretrained(half_done)
         os.rename(half_done, folder)
     except Exception as error:  # a damaged file makes transformers raise many unrelated kinds
-        if not folder.exists():  # else another process was faster, and its folder serves
-            raise UserError(f"{gguf} could not be converted: {error}") from error
+        raise UserError(f"{gguf} could not be converted: {error}") from error
     finally:
         shutil.rmtree(half_done, ignore_errors=True)
-
-
-def _explain(name: str, how: str, error: Exception) -> str:
-    first = " ".join(str(error).split())[:300]
-    return (
-        f"The model {name!r} could not be loaded {how}. Expected a hub id, a folder with config.json and weights, "
-        f"a .gguf file, or {PACKAGE} and a package's name; without a network the hub's files must be in its cache.\n"
-        f"  The cause: {type(error).__name__}: {first}"
-    )
 
 
 def checkpoint_gradients(model: nn.Module) -> None:

@@ -9,10 +9,8 @@ The layers are those of bitsandbytes. transformers reads a checkpoint tensor by 
 """
 
 import importlib
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, Literal, get_type_hints
@@ -27,7 +25,6 @@ from peftlight.targets import matching
 from peftlight.typed import fits
 
 _BIAS = "bias_before_forward"
-_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 @dataclass(frozen=True)
@@ -160,23 +157,6 @@ class Quantization:
             return dtype
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
-
-
-@contextmanager
-def one_by_one() -> Iterator[None]:
-    """Within the block transformers reads a tensor when its turn comes.
-
-    Else its threads read ahead of the slower quantization, and in the end all of the full weights wait in memory.
-    """
-    before = os.environ.get(_READ_AHEAD)
-    os.environ[_READ_AHEAD] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_READ_AHEAD]
-        else:
-            os.environ[_READ_AHEAD] = before
 
 
 def skeleton(config: Any, auto_class: str, **options: Any) -> nn.Module:
