@@ -1,13 +1,15 @@
 """The audit of a training: what had a gradient, what moved, and whether the frozen base stayed as it was."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peftlight.errors import UserError, listed
+from peftlight.reach import unreached
+from peftlight.shards import first_position, local, summed_over_shards
 from peftlight.strategy import Adapter
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,6 +51,29 @@ class Liveness:
         self._base = _checksums(self._frozen())
         self._start = _checksums(adapter.parameters().items())
         self._had_gradient: set[str] = set()
+        self._looked = False
+
+    def before_backward(self, loss: Tensor, sum_over_processes: Callable[[Tensor], Tensor], processes: int) -> None:
+        """Look at what the first loss depends on: several processes would wait for each other's gradients for ever.
+
+        Raises:
+            UserError: a trained tensor would have no gradient in some process.
+        """
+        if self._looked:
+            return
+        self._looked = True
+        names = list(self._start)
+        without = set(unreached(loss, self.adapter.model, self.adapter.parameters()))
+        counts = sum_over_processes(torch.tensor([name in without for name in names], device=loss.device).float())
+        somewhere = [name for name, count in zip(names, counts.tolist(), strict=True) if 0 < count < processes]
+        self._refuse_dead([name for name, count in zip(names, counts.tolist(), strict=True) if count == processes])
+        if somewhere:
+            raise UserError(
+                f"{len(somewhere)} of {len(names)} trained tensors have no gradient in some of the {processes} "
+                f"processes, where the loss of the first batch does not depend on them: {listed(somewhere)}. Set "
+                "--trainer.strategy ddp_find_unused_parameters_true, or leave their modules out (target_modules, "
+                "exclude_modules, layers, trained_modules)."
+            )
 
     def after_backward(self) -> None:
         """Look at the gradients before the first optimizer step.
@@ -59,7 +84,9 @@ class Liveness:
         if self._had_gradient:
             return
         self._had_gradient = {name for name, p in self.adapter.parameters().items() if p.grad is not None}
-        dead = sorted(self._start.keys() - self._had_gradient)
+        self._refuse_dead(sorted(self._start.keys() - self._had_gradient))
+
+    def _refuse_dead(self, dead: Sequence[str]) -> None:
         if dead:
             raise UserError(
                 f"{len(dead)} of {len(self._start)} trained tensors had no gradient in the first step: {listed(dead)}. "
@@ -94,21 +121,26 @@ class Liveness:
 
 
 def _checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """Of each tensor one number from its bits; two that differ in one value have different ones."""
-    sums = {name: _sum_of_bits(tensor.detach()) for name, tensor in tensors}
-    return {name: int(total) for name, total in sums.items()}  # only now wait for the device
+    """Of each tensor one number from its bits, the same in every process; two that differ in one value differ in it."""
+    named = {name: tensor.detach() for name, tensor in tensors}
+    if not named:
+        return {}
+    sums = [_sum_of_bits(tensor) for tensor in named.values()]
+    together = torch.stack([total.to(sums[0].device) for total in sums])
+    return dict(zip(named, summed_over_shards(together, named.values()).tolist(), strict=True))
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
     """Σ w (2 p + 1) modulo 2^64 over the positions p, where w are the value's bits as an integer.
 
-    An odd factor has an inverse modulo 2^64, so no change of a single value leaves the sum as it was.
+    An odd factor has an inverse modulo 2^64, so no change of a single value leaves the sum as it was. Of a tensor that
+    is sharded it is the sum over the part here: the sums of all parts add up to that of the whole.
     """
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    words = local.contiguous().view(-1).view(_INTEGERS[local.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=local.device)
+    part, first = local(tensor), first_position(tensor)
+    words = part.contiguous().view(-1).view(_INTEGERS[part.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=part.device)
     for start in range(0, len(words), _PART):
         bits = words[start : start + _PART].to(torch.int64)
-        positions = torch.arange(start, start + len(bits), device=bits.device)
+        positions = torch.arange(first + start, first + start + len(bits), device=bits.device)
         total += (bits * (2 * positions + 1)).sum()
     return total

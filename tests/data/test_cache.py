@@ -113,3 +113,12 @@ def test_a_cache_that_cannot_be_written_names_the_option(
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=r"(?s)No room.*--data\.cache_dir"):
         Instructions(source=source, tokenizer=bpe()).setup("fit")
+
+
+def test_the_same_bytes_are_other_rows_in_another_kind_of_file(
+    bpe: Callable[..., Any], write: Callable[..., str]
+) -> None:
+    content = 'text,label\n"a,b",1\nc,0\nd,1\ne,0\n'
+    TextClassification(source=write("a.csv", content), tokenizer=bpe()).setup("fit")
+    with pytest.raises(UserError, match="column"):
+        TextClassification(source=write("a.tsv", content), tokenizer=bpe()).setup("fit")

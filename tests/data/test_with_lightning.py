@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
-from torch.utils.data import RandomSampler
+from torch.utils.data import SequentialSampler
 
 import peftlight.data
 from peftlight.data import SST2, Instructions, TextClassification, TextData
@@ -85,9 +85,9 @@ def test_the_trainer_runs_every_stage_with_the_tokenizer_of_the_model(
 def test_only_training_is_shuffled(bpe: Callable[..., Any], write: Callable[..., str]) -> None:
     data = TextClassification(source=write("a.json", ROWS), test_source=write("t.json", ROWS), tokenizer=bpe())
     data.setup()
-    assert isinstance(data.train_dataloader().sampler, RandomSampler)
+    assert not isinstance(data.train_dataloader().sampler, SequentialSampler)
     for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
-        assert not isinstance(loader.sampler, RandomSampler)
+        assert isinstance(loader.sampler, SequentialSampler)
     assert not data.train_dataloader().persistent_workers
 
 

@@ -1,5 +1,7 @@
 """The gradient of a step is that of (sum of all label losses) / (number of labels), however the rows are batched."""
 
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -108,7 +110,8 @@ def test_labels_that_are_unknown_do_not_change_the_gradient(tmp_path: Path) -> N
 def test_a_step_without_any_label_has_no_gradient_and_no_loss(tmp_path: Path) -> None:
     rows = class_rows([4, 6], [-1, -1])
     module, watch = classifier(), Watch()
-    quiet_trainer(tmp_path, [watch]).fit(module, loader(batches(rows, 2)))
+    with pytest.warns(UserWarning, match="Step 1 has no label in any of its rows"):
+        quiet_trainer(tmp_path, [watch]).fit(module, loader(batches(rows, 2)))
     assert watch.logged[0]["train_loss"] == 0
     assert all(not gradient.any() for gradient in watch.gradients[0].values())
 
@@ -129,3 +132,29 @@ def test_a_fit_after_one_that_was_broken_off_within_a_step_starts_afresh(tmp_pat
     _, expected = by_hand(module, TOKENS)
     quiet_trainer(tmp_path, [watch], accumulate_grad_batches=4).fit(module, loader(batches(TOKENS, 2)))
     assert_equal_states(watch.gradients[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def one_of_two(rank: int, port: int, folder: Path) -> None:
+    """What one of two processes does with its share of two micro-batches; the second has no label in its first one."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    torch.set_num_threads(1)
+    module, watch = classifier(), Watch()
+    options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, "accumulate_grad_batches": 2}
+    quiet_trainer(folder, [watch], **options).fit(module, loader(batches(SHARES[rank], 2)))
+    torch.save((watch.gradients[0], watch.logged[0]["train_loss"]), folder / f"{rank}.pt")
+
+
+SHARES = [class_rows([5, 39, 3, 40], [0, 2, 1, 1], seed=5), class_rows([17, 2, 33, 9], [-1, -1, 0, -1], seed=6)]
+
+
+@pytest.mark.slow
+def test_processes_with_few_labels_or_none_count_by_their_labels(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, tmp_path), nprocs=2)
+    loss, expected = by_hand(classifier(), SHARES[0] + SHARES[1])
+    for rank in range(2):
+        gradient, logged = torch.load(tmp_path / f"{rank}.pt")
+        assert_equal_states(gradient, expected, rtol=1e-5, atol=1e-6)
+        assert logged == pytest.approx(loss, abs=1e-5)

@@ -187,7 +187,8 @@ def test_metrics_equal_those_by_hand(stage: str, generate_rows: int | None, tmp_
         expected[f"{stage}_exact_match"] = sum(one == other for one, other in pairs) / len(pairs)
         expected[f"{stage}_rouge_l"] = sum(rouge) / len(rouge)
         assert 0 < expected[f"{stage}_exact_match"] < expected[f"{stage}_rouge_l"] < 1
-    made = [padded(some[:2]), padded(some[2:5]), padded(some[5:])]
+    filler = {**some[4], "labels": torch.full((3,), -100)}  # as where another process has a row more
+    made = [padded(some[:2]), padded([filler, *some[2:5]]), padded(some[5:])]
     trainer = quiet_trainer(tmp_path)
     run = getattr(trainer, {"val": "validate", "test": "test"}[stage])
     for _ in range(2):  # each evaluation starts afresh

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from peftlight.data.tokens import Tokens
 from peftlight.errors import UserError
 from peftlight.files import write_atomically
+from peftlight.locks import alone
 
 FORMAT = 1
 """Raised whenever the same inputs would give other tokens or another file."""
@@ -31,18 +32,34 @@ def token_file(folder: Path, content: str, tokenizer: str, settings: Mapping[str
 
 
 def cached(path: Path, make: Callable[[], Tokens], describe: Callable[[Tokens], Mapping[str, Any]]) -> Tokens:
-    """The tokens in the file; where it is absent or damaged, those of `make`, written with a description for people."""
-    if path.exists():
-        try:
-            return _load(path)
-        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
-            rank_zero_warn(f"The cached tokens in {path} are damaged ({error}); they are made again.")
+    """The tokens in the file; where it is absent or damaged, those of `make`, written with a description for people.
+
+    Of several processes that need them one makes them; the others wait and read its file.
+    """
+    tokens = _whole(path)
+    if tokens is not None:
+        return tokens
+    with alone(path):
+        tokens = _whole(path)  # another may have made them meanwhile
+        return _made(path, make, describe) if tokens is None else tokens
+
+
+def _made(path: Path, make: Callable[[], Tokens], describe: Callable[[Tokens], Mapping[str, Any]]) -> Tokens:
     tokens = make()
     try:
         write_atomically(path, lambda file: _save(file, tokens, describe(tokens)))
     except UserError as error:
         raise UserError(f"{error} The folder for tokens is --data.cache_dir (or $PEFTLIGHT_CACHE).") from error
     return tokens
+
+
+def _whole(path: Path) -> Tokens | None:
+    """The tokens in the file; None where it is absent or damaged."""
+    try:
+        return _load(path) if path.exists() else None
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+        rank_zero_warn(f"The cached tokens in {path} are damaged ({error}); they are made again.")
+        return None
 
 
 def _save(path: Path, tokens: Tokens, description: Mapping[str, Any]) -> None:

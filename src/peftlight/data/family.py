@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from peftlight.data.cells import check_names
 from peftlight.data.preparing import Preparation
+from peftlight.data.sampling import EpochSampler, InOrder, Sampled
 from peftlight.data.summary import RowCounts
 from peftlight.errors import UserError
 
@@ -61,6 +62,7 @@ class DataFamily(LightningDataModule):
         super().__init__()
         self._check_fields()
         self._prepared: Preparation[Any] | None = None
+        self._seed: int | None = None
 
     def _check_fields(self) -> None:
         check_names(self.columns, self.column_names)
@@ -108,6 +110,10 @@ class DataFamily(LightningDataModule):
         prepared = self._ready()
         return prepared.serving("test") is prepared.serving("validation")
 
+    def where(self, row: int) -> str:
+        """File and number of a training row, given the `row` that batches carry. Known after `setup`."""
+        return self._ready().where(row)
+
     def other_sources(self) -> dict[str, str | None]:
         """The roles that may have a source of their own, and which."""
         return {"validation": self.validation_source, "test": self.test_source, "predict": self.predict_source}
@@ -142,19 +148,48 @@ class DataFamily(LightningDataModule):
         """The rows to predict, without their answers; texts are padded at the left if they are prompts."""
         return self._loader("predict")
 
-    def _loader(self, role: str) -> DataLoader[Any]:
+    def global_batches(self) -> DataLoader[Any]:
+        """The training rows in the batches that all processes have together; the same in each of them."""
+        everything = {"num_replicas": 1, "rank": 0}
+        return self._loader("train", self.trainer.world_size if self.trainer else 1, everything)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed of the order of the training rows."""
+        return {} if self._seed is None else {"seed": self._seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the training rows in the order of an earlier run."""
+        self._seed = state_dict.get("seed")
+
+    def _loader(self, role: str, times: int = 1, share: dict[str, int] | None = None) -> DataLoader[Any]:
         datasets = self._ready().datasets
         if role not in datasets:
             raise UserError(f"{self.source} has no {role} split. {_GIVE[role]}")
+        # Lightning shares out the rows to predict itself: none of them must be there twice.
+        sampler = None if role == "predict" else self._sampler(role, len(datasets[role]), share)  # type: ignore[arg-type]
         return DataLoader(
-            datasets[role],
-            batch_size=self.batch_size,
-            shuffle=role == "train",
+            Sampled(datasets[role]) if sampler else datasets[role],
+            batch_size=self.batch_size * times,
+            sampler=sampler,
             collate_fn=self.collator(role),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else each epoch would draw from the numbers of the training
         )
+
+    def _sampler(self, role: str, rows: int, share: dict[str, int] | None) -> EpochSampler:
+        trainer: Any = self.trainer
+        shuffle = role == "train" and not (trainer and trainer.overfit_batches)
+        if trainer and share is None:
+            share = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        if self._seed is None:  # that of the random numbers of this run, the same in every process
+            self._seed = trainer.strategy.broadcast(torch.initial_seed()) if trainer else torch.initial_seed()
+        return (EpochSampler if shuffle else InOrder)(rows, self._order_seed, shuffle, share)
+
+    def _order_seed(self) -> int:
+        assert self._seed is not None
+        return self._seed
 
     def _ready(self) -> Preparation[Any]:
         if self._prepared is None:

@@ -1,12 +1,13 @@
 """Data sets of the Hugging Face hub, read with the package datasets when it is there."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
 from peftlight.data.reading import arrow_table
 from peftlight.data.table import Table
-from peftlight.errors import UserError
+from peftlight.errors import UserError, nearest
 
 _LOCAL = "A local file works without the hub: --data.source path/to/train.jsonl (or .json, .csv, .tsv, .parquet)."
 
@@ -75,6 +76,7 @@ def hub_parts(source: str, subset: str | None) -> dict[str, HubPart]:
     except Exception as error:  # the hub's client raises many unrelated kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         named = f"{source!r}" + (f" (subset {subset!r})" if subset else "")
-        message = f"Cannot load {named} from the Hugging Face hub, nor is there a local file of that name: {reason}"
+        here = f"nor is there a local file or folder of that name.{nearest(source, os.listdir())}"
+        message = f"Cannot load {named} from the Hugging Face hub ({reason}), {here}"
         raise UserError(f"{message}\n{_LOCAL}") from error
     return {name: HubPart(f"{source} ({name})", split) for name, split in splits.items()}

@@ -12,6 +12,7 @@ from peftlight.data.bar import with_bar
 from peftlight.data.image_rows import ImageFile
 from peftlight.errors import UserError, listed
 from peftlight.files import write_text
+from peftlight.locks import alone
 
 FORMAT = 1
 """Raised whenever other images would pass the check, or the same images would get another digest."""
@@ -63,11 +64,11 @@ def checked(images: Sequence[ImageFile], digest: str, folder: Path, name: str) -
     files = [(str(image.path.resolve()), *_size_and_time(image.path)) for image in images if image.path]
     key = json.dumps([FORMAT, digest, len(images), files])
     kept = folder / "images" / f"{hashlib.sha256(key.encode()).hexdigest()}.sha256"
-    if kept.exists():
-        return kept.read_text(encoding="utf-8")
-    found = _check(images, digest, name)
-    write_text(kept, found)
-    return found
+    if not kept.exists():
+        with alone(kept):
+            if not kept.exists():  # else another process checked them meanwhile
+                write_text(kept, _check(images, digest, name))
+    return kept.read_text(encoding="utf-8")
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

@@ -60,6 +60,10 @@ class ImageRows:
         """Every row is."""
         return np.ones(len(self), np.bool_)
 
+    def where(self, row: int, parts: Sequence[object]) -> str:
+        """The image's file, or the cell that holds it."""
+        return self.images[row].where
+
 
 class FolderTable(Table):
     """The images of a folder; each row is named by its file."""

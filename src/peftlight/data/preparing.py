@@ -1,7 +1,7 @@
 """The data sets that a stage of the Trainer needs: which split serves which role, and which rows are set aside."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from peftlight.data.encoder import Purpose
-from peftlight.data.sources import Split
+from peftlight.data.sources import Part, Split
 from peftlight.data.summary import RowCounts
 from peftlight.errors import UserError
 
@@ -42,6 +42,9 @@ class Content(Protocol):
 
     def kept(self) -> NDArray[np.bool_]:
         """Per row: whether it has something to learn from or to predict."""
+
+    def where(self, row: int, parts: Sequence[Part]) -> str:
+        """What messages call the row; `parts` are those of its split."""
 
 
 C = TypeVar("C", bound=Content)
@@ -115,6 +118,10 @@ class Preparation(Generic[C]):
         split = self._split_for(role)
         assert split is not None
         return self.splits[_name(split)]
+
+    def where(self, row: int) -> str:
+        """What messages call the training row of that number."""
+        return self._train_content().where(row, self.splits["train"].parts)
 
     def _instead_of(self, unlabelled: C) -> str:
         split = self._split_for("validation")

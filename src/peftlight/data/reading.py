@@ -14,6 +14,9 @@ from peftlight.errors import UserError, listed
 _LONGEST_CELL = 2**31 - 1
 
 
+_TOO_DEEP = "its lists and objects stand too deep in each other to be rows of data."
+
+
 def read_file(path: str | Path) -> Table:
     """The rows of the file, read as its extension says.
 
@@ -37,6 +40,11 @@ def _text(path: Path) -> str:
         raise UserError(message) from error
     if not text.strip():
         raise UserError(f"{path} is empty.")
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(
+            f"{path}, line {line}: it holds zero bytes, so it is UTF-16 or no text. Save the file as UTF-8."
+        )
     return text
 
 
@@ -46,6 +54,8 @@ def _read_json(path: Path) -> Table:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: {_json_problem(text, error)}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: {_TOO_DEEP}") from error
     if isinstance(rows, dict):
         if not isinstance(rows.get("data"), list):
             found = listed(rows)
@@ -76,6 +86,8 @@ def _read_json_lines(path: Path) -> Table:
             rows.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: {_json_problem(line, error)}") from error
+        except RecursionError as error:
+            raise UserError(f"{path}, line {number}: {_TOO_DEEP}") from error
     return _table_of_objects(path, "line", rows)
 
 

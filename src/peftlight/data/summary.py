@@ -38,6 +38,8 @@ class Summary(RowCounts):
     """Labels of the kept rows that enter the loss: tokens for a language model, rows for classification."""
     longest: int
     """Tokens of the longest row before cutting."""
+    largest_token: int = -1
+    """The largest number of a token in the whole split; -1 where there is none."""
     truncated_targets: int = 0
     """Targets longer than max_target_length, which were cut."""
     longest_target: int = 0
@@ -71,6 +73,7 @@ def summarize(tokens: Tokens, rows: NDArray[np.int64], max_length: int, place: C
         tokens=int(np.diff(tokens.offsets)[rows[kept]].sum()),
         label_tokens=int(tokens.label_counts()[rows[kept]].sum()),
         longest=int(tokens.lengths[rows].max(initial=0)),
+        largest_token=max(int(part.max(initial=-1)) for part in (tokens.input_ids, tokens.targets) if part is not None),
         **_of_targets(tokens, rows),
     )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from peftlight.errors import UserError, nearest
@@ -35,6 +36,8 @@ def _of_model(module: Any) -> Tokenizer:
 def _by_name(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise UserError(f"There is no tokenizer at {name!r}: no such folder.")
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises many unrelated kinds

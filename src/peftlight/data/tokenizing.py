@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,7 +36,9 @@ class TextPreparation(Preparation[Tokens]):
     def read(self, name: str, purpose: Purpose) -> Tokens:
         """The tokens of all rows."""
         encoder = self.data.encoder(purpose, self.label_names)
-        path = token_file(self._folder, self.digest(name), self._identity, encoder.settings())
+        # The same bytes are other rows in a file of another kind.
+        content = " ".join([self.digest(name), *(PurePath(part.name).suffix for part in self.splits[name].parts)])
+        path = token_file(self._folder, content, self._identity, encoder.settings())
         tokens = cached(
             path,
             make=lambda: encoder.encode(self.splits[name].read(), self.tokenizer),

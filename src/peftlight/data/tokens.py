@@ -1,11 +1,14 @@
 """Tokenized rows: flat arrays, the data set over them, and how they are put together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
+
+from peftlight.data.sources import Part
 
 IGNORED = -100
 """The label of a token that is not trained."""
@@ -59,6 +62,11 @@ class Tokens:
         if self.trained is None:
             return np.full(len(self), 0 if self.labels is None else 1, np.int64)
         return self._counts(self.trained, skip=1)
+
+    def where(self, row: int, parts: Sequence[Part]) -> str:
+        """File and number of the row."""
+        part = parts[int(self.files[row])]
+        return f"{part.name}, {part.unit} {self.numbers[row]}"
 
     def _counts(self, marks: NDArray[Any], skip: int = 0) -> NDArray[np.int64]:
         """How many tokens of each row are marked, its first `skip` left out."""

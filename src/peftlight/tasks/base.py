@@ -1,34 +1,39 @@
 """What every task shares: the model with its strategy, the loss per label, the optimizer, and what is saved."""
 
-import time
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from peftlight.errors import UserError, listed
-from peftlight.liveness import Liveness, Verdict
-from peftlight.paths import own_parameters
-from peftlight.pretrained import Dtype, Source, checkpoint_gradients
-from peftlight.quantization import Quantization, in_float32
-from peftlight.strategy import Adapter, PEFTStrategy, attach
+from peftlight.divergence import Guard
+from peftlight.errors import UserError
+from peftlight.liveness import Verdict
+from peftlight.pretrained import Dtype, Source
+from peftlight.quantization import Quantization
+from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
-from peftlight.tasks.label_window import LabelWindow
-from peftlight.tasks.optimizer import default_optimizer, new_optimizer
-from peftlight.tasks.preparation import prepare_strategy
+from peftlight.tasks.adapted_base import adapted_base, check_precision
+from peftlight.tasks.distribution import refuse_other_sharding
+from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
+from peftlight.tasks.optimizer_step import OptimizerStep
+from peftlight.tasks.preparation import Initial, prepare_strategy
+from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.schedule import LinearWarmup
+from peftlight.tasks.token_rate import TokenRate
+from peftlight.tasks.train_mode import put_in_train_mode
+from peftlight.tasks.trained_content import keep_trained, warn_of_other_base
+from peftlight.tasks.training_state import TrainingState
+from peftlight.tasks.vocabulary import check_vocabulary
+from peftlight.watching import keep_watch
 
 AdapterDtype = Literal["float32", "bfloat16"]
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 class PEFTModule(LightningModule):
@@ -74,12 +79,14 @@ class PEFTModule(LightningModule):
         self.adapter_dtype: AdapterDtype = "float32"
         self.adapter: Adapter | None = None
         self.verdict: Verdict | None = None
-        self._liveness: Liveness | None = None
-        self._window = LabelWindow(self._summed_over_processes)
+        self._step, self._tokens = OptimizerStep(self), TokenRate()
+        self._state = TrainingState(self, self._step.window)
+        self.allow_changes: set[str] = set()
+        """What may differ from the training that a checkpoint is of, by name: "processes"."""
+        self.guard = Guard()
         self._last_step = 0
         self._prepared = False
-        self._tokens: Tensor | None = None
-        self._since = time.monotonic()
+        self.initial: Initial | None = None
         self.save_hyperparameters(self._plain_hyperparameters(), logger=False)
 
     # ---- what a task defines
@@ -99,6 +106,12 @@ class PEFTModule(LightningModule):
     def report(self, stage: str) -> None:
         """Log the metrics of the whole stage, and start over."""
 
+    def log_whole(self, values: Mapping[str, Tensor], prog_bar: bool = True) -> None:
+        """Log what is the same in all processes; Lightning would recommend to average it over them."""
+        for name in values:
+            warnings.filterwarnings("ignore", f"It is recommended to use `self.log\\({re.escape(repr(name))}")
+        self.log_dict(values, prog_bar=prog_bar)
+
     def heads(self, model: nn.Module, new: Sequence[str]) -> list[str]:
         """Modules trained whole by default, given the names of the parameters that no file held."""
         return list(dict.fromkeys(name.rpartition(".")[0] for name in new))
@@ -111,19 +124,14 @@ class PEFTModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the base, attach the strategy, and keep what is trained in float32."""
+        if self._trainer:
+            refuse_other_sharding(self.trainer.strategy)
         if self.adapter is None:
-            model, new = self._base()
-            heads = self.heads(model, new) if self.trained_modules is None else self.trained_modules
-            adapter = attach(model, self.strategy, modules_to_train=heads)
-            self._refuse_untrained(adapter, new)
-            adapter.train_in_float32()
-            if self.quantization is not None:
-                in_float32(model, heads)
-                _cast(adapter, self.adapter_dtype)
-            if self.gradient_checkpointing:
-                checkpoint_gradients(model)
-            self.model, self.adapter = model, adapter  # only now: a second try must meet the same errors
-        self._check_precision()
+            initial = self.initial if self._starts_anew() else None
+            self.adapter = adapted_base(self, initial)
+            self.model, self._prepared = self.adapter.model, initial is not None
+        check_precision(self, self.adapter)
+        check_vocabulary(self.adapter.model, self._datamodule())
         if self._starts_anew() and not self._prepared and self.strategy.uses("prepare"):
             prepare_strategy(self)
             self._prepared = True
@@ -131,48 +139,6 @@ class PEFTModule(LightningModule):
     def _starts_anew(self) -> bool:
         """Whether a training is to come that is not taken up from a checkpoint."""
         return bool(self._trainer) and self.trainer.training and self.trainer.ckpt_path is None
-
-    def _base(self) -> tuple[nn.Module, list[str]]:
-        """The base model, and the names of the parameters that no file held."""
-        device = self._trainer.strategy.root_device if self._trainer else torch.device("cpu")
-        if self.model is not None:
-            if self.quantization is not None:
-                self.quantization.apply(self.model, device)
-            return self.model, []
-        if self.source is None:
-            raise UserError("There is no base model: it was given as an object, which no checkpoint holds. "
-                            "Give it again: load_from_checkpoint(path, base_model=model).")  # fmt: skip
-        held: dict[str, Any] = {"quantization": self.quantization, "device": device} if self.quantization else {}
-        return self.source.load_model(self.auto_class, self.dtype_of_base, **held, **self.model_options())
-
-    def _refuse_untrained(self, adapter: Adapter, new: Sequence[str]) -> None:
-        lost = sorted(set(new) - set(adapter.parameters()))
-        if lost:
-            raise UserError(
-                f"The head is missing: {self._base_name()} has no weights for {listed(lost)}, so they are random, and "
-                "nothing would train them. Choose a model made for this task, or list their modules in "
-                "model.trained_modules."
-            )
-
-    def _check_precision(self) -> None:
-        assert self.adapter is not None
-        assert self.model is not None
-        base_is_half = any(p.dtype in _HALF for _, p in own_parameters(self.model))
-        if (
-            base_is_half
-            and (self.adapter.trained or self.quantization)
-            and self._trainer
-            and "mixed" not in self._trainer.precision
-        ):
-            raise UserError(
-                f"model.dtype is {self.dtype_of_base} and {self._in_float32()} stay in float32: the two "
-                f"meet only under automatic mixed precision, but trainer.precision is {self._trainer.precision}. "
-                "Set --trainer.precision bf16-mixed, or --model.dtype float32."
-            )
-
-    def _in_float32(self) -> str:
-        assert self.adapter is not None
-        return listed(self.adapter.trained, 3) or "heads and normalisations of a quantized base"
 
     def forward(self, **inputs: Tensor) -> Any:
         """The base model's own output with the adapter active."""
@@ -205,54 +171,37 @@ class PEFTModule(LightningModule):
 
     # ---- training
 
+    def configure_callbacks(self) -> list[Callback]:
+        """The guard, unless the trainer has one with settings of its own; and the watch over several processes."""
+        trainer: Any = self.trainer
+        keep_watch(trainer)
+        given = [callback for callback in trainer.callbacks if isinstance(callback, Guard)]
+        self.guard = given[0] if given else self.guard
+        return [] if given else [self.guard]
+
     def on_fit_start(self) -> None:
-        """Models from transformers come in eval mode and Lightning leaves them so: dropout would stay off."""
-        assert self.model is not None
-        self.model.train()
-        self._freeze_statistics()
-        self._window.start()
+        """What has to be right before the first step, and what is counted from it on."""
         assert self.adapter is not None
-        self._liveness, self.verdict = Liveness(self.adapter), None
+        put_in_train_mode(self.adapter)
+        self._step.start(self.adapter)
+        self.verdict = None
         if self.strategy.uses("check_steps"):  # a run without an end may be all right
             self.strategy.check_steps(self.total_steps())
         for delta in self.adapter.sites.values():
             delta.check_length(longest_row(self._datamodule(), "train", "validation"))
-        self._tokens, self._since = None, time.monotonic()
-
-    def _freeze_statistics(self) -> None:
-        """Running statistics that the adapter does not save are part of the frozen base."""
-        assert self.adapter is not None
-        assert self.model is not None
-        saved = self.adapter.state()
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                module.train(f"{name}.running_mean".lstrip(".") in saved)
+        self._tokens.start()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         loss_sum, labels = self.loss(batch)
-        if "attention_mask" in batch:
-            tokens = batch["attention_mask"].sum()  # stays on the device: no waiting for it
-            self._tokens = tokens if self._tokens is None else self._tokens + tokens
-        # The trainer divides by the first factor, the processes average over the second.
-        return self._window.add(loss_sum, labels) * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        self._tokens.add(batch)
+        return self._step.add(loss_sum, labels)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._step.before_backward(loss)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         assert self.adapter is not None
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        task_loss = self._window.close(parameters)
-        assert self._liveness is not None
-        self._liveness.after_backward()  # the loss alone has to reach every tensor
-        penalty = self.strategy.penalty(self.adapter)
-        if penalty is not None:
-            # Apart from the task's backward: its gradient must not be scaled by the labels, nor summed over processes.
-            for parameter, gradient in zip(
-                parameters, torch.autograd.grad(penalty, parameters, allow_unused=True), strict=True
-            ):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-            self.log("train_penalty", penalty.detach())
-        self.log("train_loss", task_loss, prog_bar=True)
-        self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
+        self._step.finish(self.adapter, optimizer)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's own step, and then the strategy's part in it: before any callback saves a checkpoint."""
@@ -263,32 +212,41 @@ class PEFTModule(LightningModule):
 
     def on_train_start(self) -> None:
         self._last_step = self.trainer.global_step  # a resumed training has its steps back only now
+        self._state.put_back()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step == self._last_step:
             return
         assert self.adapter is not None
         self._last_step = self.trainer.global_step
+        self.log_dict(self.figures_due())
+        if (rate := self._tokens.take()) is not None:
+            self.log("tokens_per_second", rate * self.trainer.world_size, prog_bar=True)
+
+    def figures_due(self) -> dict[str, float]:
+        """The strategy's figures, if they are logged after this step; else nothing."""
+        assert self.adapter is not None
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from outside
-        if every and self._last_step % every == 0:  # as often as a logger writes: these may be a hundred numbers
-            self.log_dict(dict(self.strategy.figures(self.adapter)))
-        now = time.monotonic()
-        if self._tokens is not None:
-            self.log("tokens_per_second", self._tokens * self.trainer.world_size / (now - self._since), prog_bar=True)
-        self._tokens, self._since = None, now
+        if not every or self.trainer.global_step % every:  # as often as a logger writes: these may be a hundred numbers
+            return {}
+        return dict(self.strategy.figures(self.adapter))
 
     def on_train_end(self) -> None:
         self.audit()
 
     def audit(self) -> Verdict:
         """What the training did to each trained tensor and to the frozen base; taken once, at the end of a fit."""
-        assert self._liveness is not None
         if self.verdict is None:
-            self.verdict = self._liveness.verdict()
+            self.verdict = self._step.verdict()
         return self.verdict
 
     def on_train_epoch_start(self) -> None:
-        self._tokens, self._since = None, time.monotonic()  # validation between epochs is not training time
+        self._state.epoch_starts()
+        self._tokens.start()  # validation between epochs is not training time
+
+    def on_validation_model_eval(self) -> None:
+        self._state.validation_starts()
+        super().on_validation_model_eval()
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         self.evaluate("val", batch)
@@ -303,17 +261,14 @@ class PEFTModule(LightningModule):
         self.report("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        assert self.adapter is not None
-        try:
-            optimizer = new_optimizer(self.optimizer, self.parameters(), self.adapter)
-            scheduler = self.lr_scheduler(optimizer)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"The optimizer or the lr_scheduler refuses its settings: {error}") from error
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
-        if isinstance(scheduler, LinearWarmup) and scheduler.total_steps is None:
-            scheduler.plan(self.total_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        self._state.load_data()
+        return optimizer_and_schedule(self)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """The schedule is planned over all steps, those that a gradient scaler skips too; torch takes it for a slip."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            super().lr_scheduler_step(scheduler, metric)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -329,26 +284,12 @@ class PEFTModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
-        own = self._own_state()
-        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
-        checkpoint["quantization"] = self._held()
-        checkpoint["hyper_parameters"] = {
-            **self.hparams,
-            "strategy": spec_of(self.strategy),
-        }  # it may have been settled
+        keep_trained(self, checkpoint)
+        self._state.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say it where the base is held in another way than it was trained on: the numbers are not quite the same."""
-        there, here = checkpoint.get("quantization"), self._held()
-        if there != here:
-            warnings.warn(
-                f"The checkpoint was trained on a base held as {there or 'plain numbers'}; here it is held as "
-                f"{here or 'plain numbers'}.",
-                stacklevel=2,
-            )
-
-    def _held(self) -> dict[str, Any] | None:
-        return self.quantization.described() if self.quantization else None
+        self._state.load(checkpoint)
+        warn_of_other_base(self, checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what is trained; strict about it, whatever is asked for, and silent about the frozen base.
@@ -357,16 +298,13 @@ class PEFTModule(LightningModule):
         """
         self.configure_model()
         assert self.adapter is not None
-        base = {key for key in self.state_dict() if key not in self._own_state()}
+        base = {key for key in self.state_dict() if key not in self.own_state()}
         state = {key.removeprefix("model."): value for key, value in state_dict.items() if key not in base}
         self.adapter.load_state(state, "the checkpoint")
         return _IncompatibleKeys([], [])
 
-    def _summed_over_processes(self, value: Tensor) -> Tensor:
-        total: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
-        return total
-
-    def _own_state(self) -> set[str]:
+    def own_state(self) -> set[str]:
+        """Keys of the state dict that are the adapter's."""
         assert self.adapter is not None
         return {f"model.{key}" for key in self.adapter.state()}
 
@@ -391,16 +329,3 @@ class PEFTModule(LightningModule):
             "trust_remote_code": source.trust_remote_code if source else False,
             "gradient_checkpointing": self.gradient_checkpointing,
         }
-
-
-def longest_row(datamodule: Any, *roles: str) -> int:
-    """Tokens of the longest row that serves one of the roles; 0 where the data does not say so."""
-    summaries = getattr(datamodule, "summaries", None) or {}
-    longest = max(getattr(summaries.get(role), "longest", 0) for role in roles)
-    return min(longest, getattr(datamodule, "max_length", longest))
-
-
-def _cast(adapter: Adapter, dtype: AdapterDtype) -> None:
-    """Put the deltas into `dtype`; what the adapter trains in place stays as it is."""
-    for delta in adapter.sites.values():
-        delta.to(getattr(torch, dtype))

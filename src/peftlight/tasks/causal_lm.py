@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from peftlight.errors import UserError
 from peftlight.strategy import PEFTStrategy
-from peftlight.tasks.base import PEFTModule, longest_row
+from peftlight.tasks.base import PEFTModule
 from peftlight.tasks.kinds import check_kinds
+from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.token_losses import TokenLosses, token_loss
 
 
@@ -65,7 +66,7 @@ class CausalLM(PEFTModule):
         self.losses.add(stage, *self.loss(batch))
 
     def report(self, stage: str) -> None:
-        self.log_dict(self.losses.take(stage), prog_bar=True)
+        self.log_whole(self.losses.take(stage))
 
     def on_predict_start(self) -> None:
         """See that the model has positions for the longest row and for what it is to write after it."""

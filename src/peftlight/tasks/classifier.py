@@ -111,7 +111,7 @@ class Classifier(PEFTModule, ABC):
 
     def log_values(self, stage: str, values: dict[str, Tensor]) -> None:
         """Log the metrics of a whole stage."""
-        self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, prog_bar=True)
+        self.log_whole({f"{stage}_{name}": value for name, value in values.items()})
 
     def records(self, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """For each row of logits (batch, classes): its id, the label, the label's probability, all probabilities."""

@@ -1,9 +1,25 @@
 """The loss over all micro-batches of one optimizer step, on all processes, divided by all their labels."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from peftlight.shards import local
+
+
+class Closed(NamedTuple):
+    """A window that has ended, over all processes."""
+
+    loss: Tensor
+    """The mean per label."""
+    labels: Tensor
+    """How many there were."""
+    factor: Tensor
+    """By which the gradients were scaled."""
+    beside: list[Tensor]
+    """The sums of the numbers given beside."""
 
 
 class LabelWindow:
@@ -23,6 +39,17 @@ class LabelWindow:
         """Forget a window that was broken off."""
         self._batches = 0
 
+    def state(self) -> dict[str, Any] | None:
+        """What an open window has of this process, as plain values and tensors; None between two windows."""
+        if self._batches == 0:
+            return None
+        return {"batches": self._batches, "totals": self._totals.cpu(), "first": self._first.cpu()}
+
+    def reopen(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on with an open window."""
+        self._batches = state["batches"]
+        self._totals, self._first = state["totals"].to(device), state["first"].to(device)
+
     def add(self, loss_sum: Tensor, labels: Tensor) -> Tensor:
         """Take one micro-batch in; returns what to differentiate, without the trainer's own averaging factors."""
         totals = torch.stack([loss_sum.detach().float(), labels.float()])
@@ -33,11 +60,16 @@ class LabelWindow:
         self._batches += 1
         return loss_sum / self._first
 
-    def close(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """End the window: scale the gradients, and return the mean loss per label over all processes."""
-        loss, labels = self._sum(self._totals)
+    def close(self, parameters: Iterable[nn.Parameter], beside: Tensor) -> Closed:
+        """End the window, and scale the gradients.
+
+        Args:
+            parameters: whose gradients are scaled.
+            beside: (n,) other numbers of this process, to be summed over all on the same occasion.
+        """
+        loss, labels, *others = self._sum(torch.cat([self._totals, beside]))
+        factor = self._first / labels.clamp(min=1)
         if self._batches > 1:
-            factor = self._first / labels.clamp(min=1)
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+            torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)
         self._batches = 0
-        return loss / labels.clamp(min=1)
+        return Closed(loss / labels.clamp(min=1), labels, factor, others)

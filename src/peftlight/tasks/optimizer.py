@@ -1,13 +1,20 @@
-"""The optimizer of a run: its default, and one group for each learning rate that the strategy asks for."""
+"""The optimizer of a run, with one group for each learning rate that the strategy asks for, and its schedule."""
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from peftlight.errors import UserError
 from peftlight.strategy import Adapter
+from peftlight.tasks.schedule import LinearWarmup
+
+if TYPE_CHECKING:
+    from peftlight.tasks.base import PEFTModule
 
 DEFAULT_LEARNING_RATE = 2e-4
 
@@ -15,6 +22,25 @@ DEFAULT_LEARNING_RATE = 2e-4
 def default_optimizer(parameters: Any) -> Optimizer:
     """AdamW at the default learning rate."""
     return AdamW(parameters, lr=DEFAULT_LEARNING_RATE)
+
+
+def optimizer_and_schedule(module: "PEFTModule") -> OptimizerLRScheduler:
+    """What a task trains with, as Lightning takes it: the schedule moves per step, or with val_loss.
+
+    Raises:
+        UserError: one of them refuses its settings, or the schedule needs a number of steps that is not known.
+    """
+    assert module.adapter is not None
+    try:
+        optimizer = new_optimizer(module.optimizer, module.parameters(), module.adapter)
+        scheduler = module.lr_scheduler(optimizer)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The optimizer or the lr_scheduler refuses its settings: {error}") from error
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+    if isinstance(scheduler, LinearWarmup) and scheduler.total_steps is None:
+        scheduler.plan(module.total_steps())
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def new_optimizer(make: Callable[[Any], Optimizer], parameters: Iterable[nn.Parameter], adapter: Adapter) -> Optimizer:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftlight.errors import UserError
+from peftlight.shards import is_sharded
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.base import PEFTModule
 from peftlight.tasks.kinds import check_kinds
@@ -73,15 +74,17 @@ class Seq2Seq(PEFTModule):
 
     def evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         self.losses.add(stage, *self.loss(batch))
-        rows = self._rows_left(stage)
-        if rows is None or rows > 0:
-            some = {key: value[:rows] for key, value in batch.items()}
-            self.scores.add(stage, self._written(some), self._texts(some["labels"]))
+        real = (batch["labels"] != IGNORED).any(1).nonzero()[:, 0]  # a row that only fills up the batch has no target
+        rows = real[: self._rows_left(stage)]
+        some = {key: value[rows] for key, value in batch.items()}
+        if self._writes(len(rows) > 0):
+            written = self._written(some if len(rows) else batch)  # with a sharded model all processes write at once
+            self.scores.add(stage, written[: len(rows)], self._texts(some["labels"]))
 
     def report(self, stage: str) -> None:
-        self.log_dict(self.losses.take(stage), prog_bar=True)
+        self.log_whole(self.losses.take(stage))
         if self.generate_rows != 0:
-            self.log_dict(self.scores.take(stage), prog_bar=True)
+            self.log_whole(self.scores.take(stage))
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: its id, the source as it was read, and what the model writes."""
@@ -90,11 +93,19 @@ class Seq2Seq(PEFTModule):
         written = self._written(batch)
         return [{"id": i, "source": s, "generated": t} for i, s, t in zip(rows, sources, written, strict=True)]
 
+    def _writes(self, has_rows: bool) -> bool:
+        """Whether this process writes: if it has rows to, or, with a sharded model, if any process has."""
+        assert self.model is not None
+        if not is_sharded(self.model):
+            return has_rows
+        return self.trainer.strategy.reduce_boolean_decision(has_rows, all=False)
+
     def _rows_left(self, stage: str) -> int | None:
-        """How many more rows of the stage this process generates, its equal share of all; None: every one."""
+        """How many more rows of the stage this process generates, its share of the first ones; None: every one."""
         if self.generate_rows is None:
             return None
-        return -(-self.generate_rows // self.trainer.world_size) - self.scores.count(stage)
+        share = range(self.trainer.global_rank, self.generate_rows, self.trainer.world_size)
+        return max(0, len(share) - self.scores.count(stage))
 
     def _written(self, batch: Mapping[str, Tensor]) -> list[str]:
         """What the model writes for each source."""

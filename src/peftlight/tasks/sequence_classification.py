@@ -71,4 +71,4 @@ class SequenceClassification(Classifier):
             assert self.label_names is not None
             for truth, row in zip(self.label_names, counts, strict=False):
                 for guess, number in zip(self.label_names, row, strict=False):
-                    self.log(f"{stage}_{truth}_as_{guess}", number.float())
+                    self.log_whole({f"{stage}_{truth}_as_{guess}": number.float()}, prog_bar=False)

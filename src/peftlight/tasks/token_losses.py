@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 IGNORED = -100
 """The label of what is neither trained nor scored."""
@@ -15,15 +15,35 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss_sum, (labels != IGNORED).sum()
 
 
+class MeanPerLabel(Metric):
+    """The summed loss of all batches and processes over the number of their labels; NaN if there is none."""
+
+    loss: Tensor
+    labels: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("loss", "labels"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, loss_sum: Tensor, labels: Tensor) -> None:
+        """Count in a batch's summed loss over that many labels."""
+        self.loss = self.loss + loss_sum
+        self.labels = self.labels + labels
+
+    def compute(self) -> Tensor:
+        return self.loss / self.labels
+
+
 class TokenLosses(nn.ModuleDict):
     """The mean loss per label of each evaluation stage ("val" or "test"), over all batches and processes."""
 
     def __init__(self) -> None:
-        super().__init__({f"{stage}_mean": MeanMetric() for stage in ("val", "test")})
+        super().__init__({f"{stage}_mean": MeanPerLabel() for stage in ("val", "test")})
 
     def add(self, stage: str, loss_sum: Tensor, labels: Tensor) -> None:
         """Count in a batch's summed loss over that many labels."""
-        self._mean(stage).update(loss_sum / labels.clamp(min=1), weight=labels)
+        self._mean(stage).update(loss_sum, labels)
 
     def take(self, stage: str) -> dict[str, Tensor]:
         """The stage's loss and perplexity; start over."""
@@ -37,7 +57,7 @@ class TokenLosses(nn.ModuleDict):
         mean.reset()
         return loss
 
-    def _mean(self, stage: str) -> MeanMetric:
+    def _mean(self, stage: str) -> MeanPerLabel:
         mean = self[f"{stage}_mean"]
-        assert isinstance(mean, MeanMetric)
+        assert isinstance(mean, MeanPerLabel)
         return mean

@@ -1,0 +1,90 @@
+"""From the losses of micro-batches to the gradient that the optimizer steps with."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peftlight.finite import largest
+from peftlight.liveness import Liveness, Verdict
+from peftlight.strategy import Adapter
+from peftlight.tasks.label_window import Closed, LabelWindow
+
+if TYPE_CHECKING:
+    from peftlight.tasks.base import PEFTModule
+
+
+class OptimizerStep:
+    """Makes the gradient of each optimizer step, over all its labels, with the penalty; has it judged and logged."""
+
+    def __init__(self, module: "PEFTModule") -> None:
+        self._module = module
+        self._liveness: Liveness | None = None
+        self.window = LabelWindow(self._summed)
+
+    def start(self, adapter: Adapter) -> None:
+        """Begin a training of the adapter: nothing is left of one before."""
+        self.window.start()
+        self._liveness = Liveness(adapter)
+
+    def add(self, loss_sum: Tensor, labels: Tensor) -> Tensor:
+        """Take one micro-batch in; returns what Lightning is to differentiate."""
+        trainer = self._module.trainer
+        # The trainer divides by the first factor, the processes average over the second.
+        return self.window.add(loss_sum, labels) * trainer.accumulate_grad_batches * trainer.world_size
+
+    def before_backward(self, loss: Tensor) -> None:
+        """See that no process would wait for gradients that another one does not have."""
+        assert self._liveness is not None
+        trainer = self._module.trainer
+        # Private, but Lightning keeps the options of DDP nowhere else.
+        finds_unused = getattr(trainer.strategy, "_ddp_kwargs", {}).get("find_unused_parameters")
+        if trainer.world_size > 1 and not finds_unused:
+            self._liveness.before_backward(loss, self._summed, trainer.world_size)
+
+    def finish(self, adapter: Adapter, optimizer: Optimizer) -> None:
+        """Scale the gradients, have the guard judge them, and add the penalty's.
+
+        Raises:
+            UserError: the step may not be taken, or a trained tensor has no gradient.
+        """
+        module = self._module
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        # Apart from the task's backward: the penalty must not be scaled by the labels, nor summed over processes.
+        penalty = module.strategy.penalty(adapter)
+        added = [] if penalty is None else torch.autograd.grad(penalty, parameters, allow_unused=True)
+        closed = self._closed(parameters, added)
+        assert self._liveness is not None
+        self._liveness.after_backward()  # the loss alone has to reach every tensor
+        gradient, of_penalty = closed.beside
+        rate = float(optimizer.param_groups[0]["lr"])
+        module.guard.judge(module, rate, closed.loss, closed.labels, gradient * closed.factor, of_penalty)
+        if penalty is not None:
+            _add(parameters, added)
+            module.log("train_penalty", penalty.detach())
+        module.log("train_loss", closed.loss, prog_bar=True)
+        module.log("lr", rate, prog_bar=True)
+
+    def verdict(self) -> Verdict:
+        """What the training did to each trained tensor and to the frozen base."""
+        assert self._liveness is not None
+        return self._liveness.verdict()
+
+    def _closed(self, parameters: Sequence[nn.Parameter], added: Sequence[Tensor | None]) -> Closed:
+        """The window at its end; beside it the largest values in the gradients of the loss and of the penalty."""
+        both = ([p.grad for p in parameters], added)
+        peaks = [largest((g for g in gradients if g is not None), self._module.device) for gradients in both]
+        return self.window.close(parameters, torch.stack(peaks) / self._module.trainer.world_size)
+
+    def _summed(self, value: Tensor) -> Tensor:
+        """The sum of a value over all processes."""
+        total: Tensor = self._module.trainer.strategy.reduce(value, reduce_op="sum")
+        return total
+
+
+def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

@@ -1,0 +1,45 @@
+"""What a checkpoint holds of a task's model: what is trained, and how the base was held that it was trained on."""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from peftlight.errors import UserError, listed
+from peftlight.finite import not_finite
+from peftlight.strategy_spec import spec_of
+
+if TYPE_CHECKING:
+    from peftlight.tasks.base import PEFTModule
+
+
+def keep_trained(module: "PEFTModule", checkpoint: dict[str, Any]) -> None:
+    """Leave the frozen base out of a checkpoint, and say in it what the rest belongs to.
+
+    Raises:
+        UserError: a trained tensor is not finite.
+    """
+    own = module.own_state()
+    checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
+    if bad := not_finite(checkpoint["state_dict"].items()):
+        raise UserError(
+            f"No checkpoint is saved after step {module.trainer.global_step}: {len(bad)} trained tensors hold values "
+            f"that are not finite (NaN or infinite): {listed(bad)}. The earlier checkpoints are as they were; the "
+            "last optimizer step was too large, so lower the learning rate."
+        )
+    checkpoint["quantization"] = _held(module)
+    strategy = spec_of(module.strategy)  # it may have been settled
+    checkpoint["hyper_parameters"] = {**module.hparams, "strategy": strategy}
+
+
+def warn_of_other_base(module: "PEFTModule", checkpoint: dict[str, Any]) -> None:
+    """Say it where the base is held in another way than it was trained on: the numbers are not quite the same."""
+    there, here = checkpoint.get("quantization"), _held(module)
+    if there != here:
+        warnings.warn(
+            f"The checkpoint was trained on a base held as {there or 'plain numbers'}; here it is held as "
+            f"{here or 'plain numbers'}.",
+            stacklevel=2,
+        )
+
+
+def _held(module: "PEFTModule") -> dict[str, Any] | None:
+    return module.quantization.described() if module.quantization else None
