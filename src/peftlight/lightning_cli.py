@@ -1,30 +1,42 @@
-"""LightningCLI with peftlight's tasks, data and conventions. Everything taken from its private side is in this file."""
+"""LightningCLI with peftlight's tasks, data and conventions; what is taken from LightningCLI's private side is here."""
 
 import argparse
 import logging
 import os
 import sys
-import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+import peftlight.processes  # so that Lightning knows fsdp2
 import peftlight.strategies  # noqa: F401  # so that LoRA and the others are found by their short names
-from peftlight.callbacks import PredictionWriter, Progress, RunRecord
+from peftlight.callbacks import Checkpoints, FirstSteps, PredictionWriter, Progress, RunRecord, Stopping
+from peftlight.callbacks.metrics_file import MetricsFile
+from peftlight.checkpoint_files import AtomicCheckpoints
 from peftlight.config_errors.explain import explain
+from peftlight.config_errors.of_the_run import explained
+from peftlight.config_errors.trainer_limits import check_limits
 from peftlight.data import DataFamily
 from peftlight.errors import UserError
+from peftlight.processes.size import check_size, is_first_process
+from peftlight.resume.asked import take_out
+from peftlight.resume.beginning import Beginning
+from peftlight.run_folder import RunFolder, new_run_folder
 from peftlight.tasks import PEFTModule
+from peftlight.tasks.distribution import refuse_other_sharding
 from peftlight.tasks.optimizer import DEFAULT_LEARNING_RATE
 from peftlight.tasks.precision import default_precision
 
@@ -43,33 +55,55 @@ def run(arguments: Sequence[str]) -> None:
         UserError: the configuration, the data or the model is not right.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
-    strict = {"exit_on_error": False, "allow_abbrev": False}
+    _silence_remarks()
+    beginning = Beginning(*take_out(arguments))
     before = sys.argv
     sys.argv = [before[0], *arguments]  # where Lightning looks, also to start further processes
     try:
-        PeftlightCLI(
-            PEFTModule,
-            DataFamily,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_callback=None,
-            seed_everything_default=42,
-            parser_kwargs={**strict, arguments[0]: strict},
-            trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
-        )
+        PeftlightCLI(beginning)
     except argparse.ArgumentError as error:
-        raise UserError(explain(error, arguments)) from error
+        raise UserError(explain(error, beginning.arguments)) from error
+    except Exception as error:
+        if told := explained(error, beginning.arguments):
+            raise told from error
+        raise
     finally:
         sys.argv = before
 
 
 class PeftlightCLI(LightningCLI):
     """Lightning's four commands, with a run folder for each run and the framework's callbacks always there."""
+
+    def __init__(self, beginning: Beginning) -> None:
+        """
+        Args:
+            beginning: how a fit begins, and all arguments.
+        """
+        self.beginning = beginning
+        self.folder: RunFolder | None = None
+        self.record: RunRecord | None = None
+        strict = {"exit_on_error": False, "allow_abbrev": False}
+        try:
+            super().__init__(
+                PEFTModule,
+                DataFamily,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                save_config_callback=None,
+                seed_everything_default=42,
+                parser_kwargs={**strict, beginning.arguments[0]: strict},
+                trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
+            )
+        except BaseException:
+            self._leave(nothing_done=self.record is None or not self.record.began)
+            raise
+        self._leave(nothing_done=False)
+
+    def _leave(self, nothing_done: bool) -> None:
+        if self.folder is not None:
+            self.folder.leave(nothing_done)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -86,6 +120,10 @@ class PeftlightCLI(LightningCLI):
             parser.link_arguments(name, f"model.init_args.{name}")
         parser.set_defaults(_DEFAULTS)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """A run that goes on brings its configuration with it, and the command line lies over it."""
+        self.config = parser.parse_args(self.beginning.arguments)
+
     def _parse_ckpt_path(self) -> None:
         """Lightning lays the checkpoint's hyperparameters over the command line here; the command line must win."""
         path = self.config.get(f"{self.config.subcommand}.ckpt_path")
@@ -94,77 +132,96 @@ class PeftlightCLI(LightningCLI):
                 f"--ckpt_path {path} is the folder of an adapter. Give the run's checkpoint, checkpoints/last.ckpt "
                 "beside it; from Python, peftlight.load_adapter reads the folder."
             )
+        if self.config.subcommand == "fit":
+            self.beginning.settle(yaml.safe_load(self._as_yaml()))
+            self.config["fit"]["seed_everything"] = self.beginning.seed(self.config["fit"]["seed_everything"])
+
+    def _as_yaml(self) -> str:
+        command = str(self.config.subcommand)
+        text: str = self._parser(command).dump(self.config[command], skip_unset=False)
+        return text
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        options: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        return {**options, "ckpt_path": self.beginning.past.checkpoint} if self.beginning.past else options
 
     def instantiate_classes(self) -> None:
         """Values that only the classes themselves can refuse are errors of the configuration too."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-            raise UserError(explain(error, sys.argv[1:])) from error
+            raise UserError(explain(error, self.beginning.arguments)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer", default={})
-        folder = self._new_run_folder(config)
+        check_limits(self.beginning.arguments, config)
+        refuse_other_sharding(config.get("strategy"))
+        folder = self._run_folder(config)
+        self.model.initial = self.beginning.initial
         own, chosen = self._callbacks(folder, config), _as_list(config.get("callbacks"))
         kept = [callback for callback in own if not _replaced(callback, chosen)]
         settings = {
             "logger": self._loggers(folder, config),
+            "plugins": _with_checkpoints(_as_list(config.get("plugins"))),
             "precision": config.get("precision") or self._precision(config.get("accelerator")),
             "default_root_dir": str(folder),
         }
-        return super().instantiate_trainer(callbacks=[*kept, *chosen], **settings, **kwargs)
+        every = [*kept, *chosen, Stopping()]  # it ends a step that all others have seen
+        trainer = super().instantiate_trainer(callbacks=every, **settings, **kwargs)
+        check_size(trainer)
+        return trainer
 
     def _callbacks(self, folder: Path, config: Any) -> list[Callback]:
-        text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_unset=False)
-        seed = self._get(self.config, "seed_everything")
-        own: list[Callback] = [RunRecord(folder, text, sys.argv[1:], seed), PredictionWriter(folder)]
+        text, seed = self._as_yaml(), self._get(self.config, "seed_everything")
+        self.record = RunRecord(folder, text, sys.argv[1:], seed, self.beginning.past, self.beginning.allowed)
+        own = [*self.beginning.callbacks(text), self.record, FirstSteps(self.record), PredictionWriter(folder)]
         if config.get("enable_progress_bar") is not False:
             own.append(Progress())
         if config.get("enable_checkpointing") is not False:
-            own.append(ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True))
+            own.append(Checkpoints(folder / "checkpoints"))
         return own
 
     def _loggers(self, folder: Path, config: Any) -> list[Logger] | bool:
         if config.get("logger") is False or config.get("fast_dev_run"):
             return False
-        own = CSVLogger(folder.parent, name="", version=folder.name, flush_logs_every_n_steps=10)
         chosen = config.get("logger")
-        return [own, *(_as_list(chosen) if chosen is not True else [])]
+        return [MetricsFile(folder), *(_as_list(chosen) if chosen is not True else [])]
 
     def _precision(self, accelerator: Any) -> str:
         dtype = self._get(self.config_init, "model").dtype_of_base
         return default_precision(dtype, on_gpu=accelerator in ("auto", "gpu", "cuda"))
 
-    def _new_run_folder(self, config: Any) -> Path:
-        """A folder that no other run has; the first process makes it, those that it starts are told."""
-        if getattr(rank_zero_only, "rank", 0) != 0:
+    def _run_folder(self, config: Any) -> Path:
+        """That of the run that goes on, or a new one; the first process makes it, those that it starts are told."""
+        if not is_first_process(getattr(rank_zero_only, "rank", 0)):
             return Path(os.environ.get(_RUN_FOLDER, "runs"))
+        strategy = type(self.model.strategy).__name__
         root = Path(config.get("default_root_dir") or "runs")
-        strategy = type(self._get(self.config_init, "model").strategy).__name__
-        stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.subcommand}-{strategy}"
-        folder = _made(root, stem)
-        os.environ[_RUN_FOLDER] = str(folder)
-        return folder
+        going_on = self.beginning.folder
+        self.folder = RunFolder(going_on) if going_on else new_run_folder(root, f"{self.subcommand}-{strategy}")
+        os.environ[_RUN_FOLDER] = str(self.folder.path)
+        return self.folder.path
 
 
-def _made(root: Path, stem: str) -> Path:
-    number = 1
-    while True:
-        folder = root / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise UserError(f"The run folder {folder} cannot be made: {error.strerror}. "
-                            "Set --trainer.default_root_dir to a folder that can be written.") from error  # fmt: skip
+def _silence_remarks() -> None:
+    """Of Lightning, about itself, and about workers where the rows were made into tokens beforehand."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
 
 
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _with_checkpoints(plugins: list[Any]) -> list[Any]:
+    """The plugins, and one that writes checkpoints whole or not at all, unless the user chose another."""
+    chosen = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
+    return plugins if chosen else [*plugins, AtomicCheckpoints()]
 
 
 def _replaced(own: Callback, chosen: Sequence[Callback]) -> bool:

@@ -180,3 +180,18 @@ def test_the_adapter_knows_its_run(folder: Path) -> None:
     assert found.metrics["val_accuracy"] == run_json(folder)["metrics"]["val_accuracy"]
     assert found.data is not None
     assert found.data["fingerprint"] is None
+
+
+def test_a_failure_is_in_the_record_before_metrics_are_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = []
+
+    def read(*_: object) -> dict[str, float | None]:
+        found.append(run_json(folder))
+        return {}
+
+    monkeypatch.setattr(RunRecord, "_values", read)
+    with pytest.raises(ValueError, match="broken"):
+        recorded(folder, Failing(ValueError("broken"))).fit(module(), Rows(batches(ROWS, 2)))
+    assert (found[-1]["state"], found[-1]["error"]) == ("failed", "ValueError: broken")

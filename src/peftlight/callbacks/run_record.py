@@ -1,145 +1,246 @@
 """The run folder: what was asked for, what happened, and what was trained."""
 
-import importlib.metadata
 import json
 import logging
 import math
 import platform
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from peftlight.callbacks.adapter_record import adapter_record
 from peftlight.callbacks.curves import draw_curves
+from peftlight.callbacks.metrics_file import NAME as METRICS
+from peftlight.callbacks.metrics_file import go_on, lines_of
+from peftlight.callbacks.stopping import time_was_up
 from peftlight.console import say, stop_log, write_log_to
 from peftlight.errors import UserError
-from peftlight.files import write_text
+from peftlight.files import clear_unfinished, write_text
 from peftlight.handover.model_card import write_card
 from peftlight.interop import save_adapter
 from peftlight.quantization import held
 from peftlight.report import rows_of, table_of
+from peftlight.resume.past import Past
+from peftlight.resume.recorded import KEY, Recorded, facts_of, versions
+from peftlight.shards import is_sharded
+from peftlight.signals import Stopped, StoppedTogether
 from peftlight.tasks import PEFTModule
+from peftlight.watching import Watch
 
-_PACKAGES = ("peftlight", "torch", "lightning", "transformers", "tokenizers", "datasets", "bitsandbytes",
-             "torchmetrics", "jsonargparse", "safetensors")  # fmt: skip
+Metrics = dict[str, float | None]
 
 
 class RunRecord(Callback):
     """Keeps config.yaml, run.json, log.txt, metrics.csv, curves.png and adapter/ in the run's own folder."""
 
-    def __init__(self, folder: Path, config: str, command: list[str], seed: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: str,
+        command: list[str],
+        seed: int | None,
+        past: Past | None = None,
+        allowed: Sequence[str] = (),
+    ) -> None:
         """
         Args:
             folder: the run folder; metrics.csv is written there by the logger.
             config: the resolved configuration as YAML.
             command: the command line that started the run.
             seed: the seed of all random numbers.
+            past: what is gone on with, in this folder or from elsewhere.
+            allowed: names of what may differ from it.
         """
-        self.folder, self.config = folder, config
+        self.folder, self.config, self.past, self.allowed = folder, config, past, list(allowed)
+        self.began = False
+        """Whether a step of training, or of what else was asked for, was begun."""
+        self._facts: Recorded = {}
         self.record: dict[str, Any] = {"command": command, "seed": seed, "python": platform.python_version()}
-        self._started, self._training_since = time.time(), time.monotonic()
+        before: Recorded = past.facts if past is not None and past.folder == folder else {}
+        self._before: Metrics = {**before.get("values", {})}
+        self._seen = self._before
+        self._started = time.time() - before.get("seconds", 0.0)
+        self._trained_before, self._training_since = before.get("training_seconds", 0.0), time.monotonic()
         self._log: logging.Handler | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:  # those that the first process did not start itself do not know the folder yet
+            self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+            # Private, but nothing else sets it this late.
+            trainer._default_root_dir = str(self.folder)  # type: ignore[attr-defined]
         if not trainer.is_global_zero or self._log is not None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = write_log_to(self.folder / "log.txt")
+        if self.past is not None:
+            self._continue(self.past)
         write_text(self.folder / "config.yaml", self.config)
         datamodule = getattr(trainer, "datamodule", None)
         self.record |= {
-            "versions": {name: _version(name) for name in _PACKAGES},
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self._started)),
+            "versions": versions(),
+            "started": self.record.get("started") or _now(),
             "processes": trainer.world_size,
             "precision": trainer.precision,
             "data_fingerprint": getattr(datamodule, "fingerprint", None),
             "data": {split: _plain(s) for split, s in (getattr(datamodule, "summaries", None) or {}).items()},
         }
+        if isinstance(pl_module, PEFTModule) and pl_module.initial is not None:
+            self.record["initialised_from"] = pl_module.initial.facts()
         self._write("running")
+        for watch in (callback for callback in trainer.callbacks if isinstance(callback, Watch)):  # type: ignore[attr-defined]
+            watch.at_end = partial(self.on_exception, trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and isinstance(pl_module, PEFTModule):
-            assert pl_module.adapter is not None
+        if not isinstance(pl_module, PEFTModule):
+            return
+        assert pl_module.adapter is not None
+        self._facts = facts_of(trainer, pl_module, self.config)  # in every process: sharded tensors are read together
+        if trainer.is_global_zero:
             if pl_module.quantization is not None:
                 assert pl_module.model is not None
                 say(f"the base in {pl_module.quantization}: {held(pl_module.model)}")
             say(table_of(pl_module.adapter))
             say(_plan(trainer, pl_module))
+            steps = trainer.estimated_stepping_batches
+            self.record["steps_planned"] = None if steps == float("inf") else steps
             self.record["trained"] = [_plain(row) for row in rows_of(pl_module.adapter)]
             self._write("running")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._training_since = time.monotonic()
+        self.began, self._training_since = True, time.monotonic()
+        if self.past is not None and "metrics" in self.past.facts:
+            go_on(trainer, self.past.facts["metrics"])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = self.began or not trainer.sanity_checking
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = True
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.record["training_seconds"] = round(time.monotonic() - self._training_since, 2)  # up to the last batch
+        seconds = self._trained_before + time.monotonic() - self._training_since
+        self.record["training_seconds"] = round(seconds, 2)  # up to the last batch
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint says by which configuration it came about, and how far the run's files were."""
+        if not isinstance(pl_module, PEFTModule):
+            return
+        # In every process: sharded tensors and the metrics of an epoch are read together.
+        lines, values = lines_of(trainer, pl_module), self._values(trainer)
+        if not trainer.is_global_zero:
+            return
+        checkpoint[KEY] = {
+            **self._facts,
+            "seconds": time.time() - self._started,
+            "training_seconds": self.record.get("training_seconds", self._trained_before),
+            "metrics": lines,
+            "values": values,
+        }
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or not isinstance(pl_module, PEFTModule):
+        if not isinstance(pl_module, PEFTModule):
             return
         assert pl_module.adapter is not None
         verdict = pl_module.audit()
-        say(str(verdict))
+        if trainer.is_global_zero:
+            say(str(verdict))
         self.record["audit"] = {**_plain(verdict), "trained": [_plain(tensor) for tensor in verdict.trained]}
-        if not getattr(trainer, "fast_dev_run", 0):
-            save_adapter(pl_module.adapter, self.folder / "adapter", self._of_the_adapter(trainer, pl_module))
+        self._save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A training that was over and ended before its adapter was saved has no step to do when it is resumed."""
+        if self.past is not None and not self.began and isinstance(pl_module, PEFTModule):
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, module: PEFTModule) -> None:
+        assert module.adapter is not None
+        values = self._values(trainer)
+        if not getattr(trainer, "fast_dev_run", 0) and (trainer.is_global_zero or is_sharded(module.adapter.model)):
+            record = adapter_record(trainer, module, self.record, values)
+            save_adapter(module.adapter, self.folder / "adapter", record)
+
+    def _values(self, trainer: Trainer) -> Metrics:
+        """All metrics as last logged, before a resume too; None where one was not a finite number.
+
+        Those of an epoch may still have to be reduced over the processes: all of them have to call this.
+        """
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._seen = {**self._before, **finite}
+        return self._seen
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        values = self._values(trainer)
         if trainer.is_global_zero and self._log is not None:
-            self._finish(trainer, "interrupted" if trainer.interrupted else "finished")
+            self._finish(trainer, "stopped by max_time" if time_was_up(trainer) else "finished", values)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.is_global_zero and self._log is not None:
+        together = trainer.world_size == 1 or isinstance(exception, StoppedTogether)
+        if not trainer.is_global_zero and together:
+            self._values(trainer)
+        if not trainer.is_global_zero or self._log is None:
+            return
+        interrupted = isinstance(exception, KeyboardInterrupt | Stopped)
+        state = "interrupted" if interrupted else "failed"
+        if not interrupted:
             self.record["error"] = f"{type(exception).__name__}: {exception}"
             cause = (type(exception), exception, exception.__traceback__)
             self._log.handle(logging.LogRecord("peftlight", logging.ERROR, "", 0, "the run failed", None, cause))
-            self._finish(trainer, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
+        self._write(state)  # first: what comes next may wait for a device that does not answer
+        self._finish(trainer, state, self._values(trainer) if together else self._seen)
 
-    def _of_the_adapter(self, trainer: Trainer, module: PEFTModule) -> dict[str, Any]:
-        """What is kept with the adapter, wherever its folder goes; laid out as `peftlight.interop.Record`."""
-        data: Any = getattr(trainer, "datamodule", None)
-        source = getattr(data, "source", None)
-        quantization = module.quantization
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        return {
-            "base": {
-                "auto_class": module.auto_class,
-                "quantization": quantization and quantization.described(),
-                **(_plain(module.source) if module.source else {}),
-            },
-            "task": type(module).__name__,
-            "label_names": getattr(module, "label_names", None),
-            "data": {
-                "source": source and str(source),
-                "fingerprint": self.record.get("data_fingerprint"),
-                "encoder": data.encoder("predict", None).settings() if hasattr(data, "encoder") else None,
-            },
-            "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()},
-            "steps": trainer.global_step,
-            "seed": None if self.record["seed"] is False else self.record["seed"],  # false: none was asked for
-        }
+    def _continue(self, past: Past) -> None:
+        """Say in the record where the run goes on; what was recorded before in this folder stays."""
+        resumed: dict[str, Any] = {"step": past.step, "from": str(past.checkpoint), "time": _now(),
+                                   "command": self.record["command"]}  # fmt: skip
+        former = past.facts.get("config")
+        if former is not None and former != self.config:
+            resumed["config_before"] = former
+        if self.allowed:
+            resumed["allowed"] = self.allowed
+        if past.folder == self.folder:
+            clear_unfinished(self.folder)
+            before = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            for outdated in ("error", "state"):
+                before.pop(outdated, None)
+            self.record |= before
+        self.record["resumed"] = [*self.record.get("resumed", []), resumed]
+        say(f"resumed at step {past.step} from {past.checkpoint}")
 
-    def _finish(self, trainer: Trainer, state: str) -> None:
+    def note(self, **facts: Any) -> None:
+        """Write further facts into run.json while the training runs."""
+        self.record |= facts
+        self._write("running")
+
+    def _finish(self, trainer: Trainer, state: str, values: Metrics) -> None:
         assert self._log is not None
         for logger in trainer.loggers:
             logger.save()
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.record |= {"seconds": round(time.time() - self._started, 1), "metrics": metrics}
-        self._write(state)
+        self.record |= {"seconds": round(time.time() - self._started, 1), "metrics": values}
+        self.record["steps"] = trainer.global_step
+        self._write("running" if state == "finished" else state)  # it is finished once all its files are there
         if trainer.state.fn == "fit":
             self._describe()
-        say(f"{state}; run folder: {self.folder}")
+        self._write(state)
+        if self.began:
+            say(f"{state}; run folder: {self.folder}")
         stop_log(self._log)
         self._log = None
 
     def _describe(self) -> None:
         """The picture and the card; what keeps them from being made is said, and ends no run."""
         try:
-            if (self.folder / "metrics.csv").exists():
-                draw_curves(self.folder / "metrics.csv", self.folder / "curves.png")
+            if (self.folder / METRICS).exists():
+                draw_curves(self.folder / METRICS, self.folder / "curves.png")
             if (self.folder / "adapter").exists():
                 write_card(self.folder / "adapter")
         except UserError as error:
@@ -156,16 +257,14 @@ def _plan(trainer: Trainer, module: PEFTModule) -> str:
     parts = ["optimizer steps without an end" if steps == float("inf") else f"{steps} optimizer steps"]
     if batch:
         size = batch * trainer.accumulate_grad_batches * trainer.world_size
+        machines = f" on {trainer.num_nodes} machines" if trainer.num_nodes > 1 else ""
         parts.append(f"{size} rows each ({batch} x {trainer.accumulate_grad_batches} accumulated x "
-                     f"{trainer.world_size} processes)")  # fmt: skip
+                     f"{trainer.world_size} processes{machines})")  # fmt: skip
     return f"{', '.join(parts)}; precision {trainer.precision}"
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _plain(value: Any) -> dict[str, Any]:

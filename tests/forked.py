@@ -1,0 +1,40 @@
+"""The real command line in processes of its own, forked from one that has imported everything, so that each starts in
+a moment; to be killed, for example."""
+
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["peftlight.lightning_cli", "transformers", "transformers.models.bert.modeling_bert"])
+
+
+def start(arguments: Sequence[object], folder: Path, out: str = "out.txt") -> ForkServerProcess:
+    """Start `peftlight` with these arguments in `folder`; what it says goes to a file there."""
+    process = _SERVER.Process(target=_main, args=([str(one) for one in arguments], folder, out), daemon=True)
+    process.start()
+    return process
+
+
+def peftlight(arguments: Sequence[object], folder: Path, out: str = "out.txt") -> tuple[int, str]:
+    """The exit code, and what was said; minus the number of the signal that killed it."""
+    process = start(arguments, folder, out)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode, (folder / out).read_text()
+
+
+def _main(arguments: list[str], folder: Path, name: str) -> None:
+    os.chdir(folder)
+    out = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.path.append(str(folder))
+    warnings.simplefilter("ignore")
+    from peftlight.cli import main
+
+    sys.exit(main(arguments))
