@@ -14,6 +14,7 @@ from peftlight.errors import UserError, listed
 from peftlight.head_size import tell_sizes
 from peftlight.linear import is_quantized, weight_of, write_weight
 from peftlight.paths import first_names
+from peftlight.shards import gathered, sharded_like
 from peftlight.targets import matching
 
 
@@ -74,7 +75,10 @@ class PEFTStrategy:
         """
 
     def after_step(self, adapter: "Adapter", step: int, last_step: int) -> None:
-        """Called after optimizer step number `step` (1 to `last_step`), while the gradients are still there."""
+        """Called after optimizer step number `step` (1 to `last_step`), while the gradients are still there.
+
+        With 16-mixed, the gradients of some steps are not finite, and those have moved nothing.
+        """
 
     def figures(self, adapter: "Adapter") -> Mapping[str, float]:
         """Numbers to log after an optimizer step, by name; ranks, for example."""
@@ -117,7 +121,10 @@ class Adapter:
         return {name: p for name, p in self.model.named_parameters() if name in owned}
 
     def state(self) -> dict[str, Tensor]:
-        """All that must be kept, detached: parameters and buffers by their names in the model, shared ones once."""
+        """All that must be kept, detached: parameters and buffers by their names in the model, shared ones once.
+
+        Of what is sharded over processes it is the part here, except within `whole`.
+        """
         self._follow()
         base, first = self.model.state_dict(keep_vars=True), first_names(self.model)
         owned = _owned(base, [], self.trained, self.name)
@@ -131,6 +138,15 @@ class Adapter:
                 seen.add(id(value))
         own = {**self.aside, **self.merged}
         return {name: own.get(name, value).detach() for name, value in kept.items()}
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the block, what is sharded over processes is whole in each of them; all have to enter it.
+
+        Only then can the adapter be read, finished and saved as in a single process; the model cannot compute.
+        """
+        with gathered(self.model, self.parameters().values()):
+            yield
 
     def load_state(self, state: Mapping[str, Tensor], origin: str = "the state") -> None:
         """Copy `state` into the model.
@@ -154,7 +170,7 @@ class Adapter:
             raise UserError(f"The adapter {self.name!r} cannot be loaded from {origin}:\n  " + "\n  ".join(wrong))
         with torch.no_grad():
             for key, value in own.items():
-                value.copy_(state[key])
+                value.copy_(sharded_like(state[key], value))
 
     def train_in_float32(self) -> None:
         """Put what trains into float32 on a base in half precision, together with the vectors beside it.

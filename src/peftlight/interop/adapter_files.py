@@ -22,6 +22,7 @@ from peftlight.interop.hf import adalora, ia3, in_place, lora, lora_type, prefix
 from peftlight.interop.hf.frame import base_name
 from peftlight.interop.json_files import as_json
 from peftlight.interop.tensor_files import TENSORS, check_finite, save_tensors, sha256
+from peftlight.shards import is_sharded
 from peftlight.strategies.adalora import AdaLoRA
 from peftlight.strategies.bitfit import BitFit
 from peftlight.strategies.ia3 import IA3
@@ -80,6 +81,8 @@ def save_adapter(adapter: Adapter, folder: str | Path, record: Mapping[str, Any]
     An adapter that is there already is replaced once all of the new one is on the disk. The same adapter and record
     give the same bytes.
 
+    Where the model is sharded over processes, all of them call this, and the first one writes.
+
     Args:
         adapter: what is saved.
         folder: where it goes; made if it is not there.
@@ -90,21 +93,23 @@ def save_adapter(adapter: Adapter, folder: str | Path, record: Mapping[str, Any]
         UserError: a value is not finite, or the files cannot be written.
     """
     folder, recipe = Path(folder), adapter.strategy
-    adapter = adapter.finished()
-    if not adapter.state():
-        raise UserError(f"The adapter {adapter.name!r} holds nothing to save; it may have been removed.")
-    config, tensors = _written(adapter)
-    check_finite(tensors, f"The adapter {adapter.name!r} is not saved")
-    text, digests = as_json(config), []
+    with adapter.whole():
+        adapter = adapter.finished()
+        if not adapter.state():
+            raise UserError(f"The adapter {adapter.name!r} holds nothing to save; it may have been removed.")
+        config, tensors = _written(adapter)
+        check_finite(tensors, f"The adapter {adapter.name!r} is not saved")
+        origin = metadata.describe(adapter, recipe, tensors, record or {})
+    if is_sharded(adapter.model) and torch.distributed.get_rank() != 0:
+        return
+    text = as_json(config)
 
     def write_tensors(file: Path) -> None:
         save_tensors(tensors, file)
-        digests.append(sha256(file))
+        origin["sha256"] = sha256(file)
 
     def write_record(file: Path) -> None:
-        file.write_text(
-            as_json(metadata.describe(adapter, recipe, tensors, digests[0], record or {})), encoding="utf-8"
-        )
+        file.write_text(as_json(origin), encoding="utf-8")
 
     def write_config(file: Path) -> None:
         file.write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peftlight.delta import CHILD
 from peftlight.interop.hf.names import SHORT_PREFIX, without_prefix
 from peftlight.linear import is_quantized
+from peftlight.shards import whole
 from peftlight.strategy import Adapter, adapters_on
 
 _MOST = 1 << 16
@@ -30,8 +31,7 @@ class Fingerprint:
     shapes: str | None
     """SHA-256 over the names and shapes of the frozen tensors."""
     weights: str | None
-    """SHA-256 over their names, shapes and values; None on the meta device, and where a tensor is spread over
-    processes."""
+    """SHA-256 over their names, shapes and values; None on the meta device."""
 
 
 def fingerprint(adapter: Adapter, in_file: Collection[str] = ()) -> Fingerprint:
@@ -40,14 +40,14 @@ def fingerprint(adapter: Adapter, in_file: Collection[str] = ()) -> Fingerprint:
     Left out are the deltas of all adapters, what this one trains in place, and what its file of tensors holds in full
     (`in_file`, the names there): a head that is new in each base, for example. Values count as 64-bit numbers, so that
     a vector that a training put into float32 is still the same. What other adapters of the model train in place or have
-    merged counts as it was before.
+    merged counts as it was before. Where the model is sharded over processes, all of them have to ask.
     """
     frozen = sorted(_frozen(adapter, in_file))
     if not frozen:
         return Fingerprint(None, None, None)
     sizes: Counter[torch.dtype] = Counter()
     shapes, weights = hashlib.sha256(), hashlib.sha256()
-    readable = not any(tensor.is_meta or hasattr(tensor, "to_local") for _, _, tensor in frozen)
+    readable = not any(tensor.is_meta for _, _, tensor in frozen)
     for name, shape, tensor in frozen:
         sizes[tensor.dtype] += prod(shape)
         shapes.update(f"{name} {shape}\n".encode())
@@ -109,7 +109,7 @@ def _shape(model: nn.Module, name: str, tensor: Tensor) -> tuple[int, ...]:
 
 
 def _values(tensor: Tensor) -> bytes:
-    flat = tensor.detach().reshape(-1)
+    flat = whole(tensor.detach()).reshape(-1)
     if len(flat) > _MOST:
         flat = flat[torch.arange(_MOST, device=flat.device) * len(flat) // _MOST]
     if flat.is_complex():

@@ -1,9 +1,10 @@
 """The folder of an adapter: which files there are, where they are looked for, and what they say."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftlight.errors import UserError, listed
+from peftlight.errors import UserError, listed, nearest
 from peftlight.files import finish_writing
 from peftlight.interop import metadata
 from peftlight.interop.contents import Config, Tensors
@@ -72,8 +73,11 @@ def find_adapter(folder: Path) -> Path:
     Raises:
         UserError: there is none, or there are several.
     """
-    if not folder.is_dir():
-        raise UserError("There is no such folder." if not folder.exists() else "It is a file; expected a folder.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError("It is a file; expected a folder.")
+    if not folder.exists():
+        beside = os.listdir(folder.parent) if folder.parent.is_dir() else []
+        raise UserError(f"There is no such folder.{nearest(folder.name, beside)}")
     finish_writing(folder, (TENSORS, metadata.FILE, CONFIG))
     if (folder / CONFIG).is_file():
         return folder

@@ -84,10 +84,8 @@ class Record:
     sha256: str | None = None
 
 
-def describe(
-    adapter: Adapter, recipe: PEFTStrategy, tensors: Tensors, sha256: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The origin of a finished adapter, trained by `recipe`, whose file with these tensors has this checksum.
+def describe(adapter: Adapter, recipe: PEFTStrategy, tensors: Tensors, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The origin of a finished adapter, trained by `recipe`, that is saved as these tensors; all but their checksum.
 
     Raises:
         UserError: a field of the `given` record has a value of another kind than `Record` says.
@@ -110,7 +108,6 @@ def describe(
         "trained": adapter.trained,
         "folds": all(delta.folds for delta in adapter.sites.values()),
         "versions": versions,
-        "sha256": sha256,
     }
 
 

@@ -1,6 +1,7 @@
 """The file of an adapter's tensors: safetensors, written through to the disk and read with distrust."""
 
 import hashlib
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from peftlight.errors import UserError, is_one_line, listed
 from peftlight.files import as_os_error, write_atomically
+from peftlight.finite import not_finite
 from peftlight.interop.contents import Tensors
 
 TENSORS = "adapter_model.safetensors"
@@ -83,8 +85,7 @@ def check_finite(tensors: Tensors, what: str) -> None:
     Raises:
         UserError: a tensor has one.
     """
-    bad = [key for key, value in tensors.items() if not _is_finite(value)]
-    if bad:
+    if bad := not_finite(tensors.items()):
         raise UserError(
             f"{what}: {len(bad)} of its tensors hold values that are not finite (NaN or infinite): {listed(bad)}."
         )
@@ -97,10 +98,6 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _is_finite(value: Tensor) -> bool:
-    return bool((value.float() if _is_eight_bit(value) else value).isfinite().all())
 
 
 def _is_eight_bit(value: Tensor) -> bool:
@@ -120,10 +117,9 @@ def _unpickled(path: Path) -> Tensors:
             warnings.simplefilter("ignore")  # on archives of other kinds, which it then refuses
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle makes torch raise many unrelated kinds
-        first = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{path.name} is damaged, or holds more than tensors: {type(error).__name__}: {first}"
-        ) from None
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own text advises to let it run
+        what = f"it names {named[1]}, which reading it would run" if named else type(error).__name__
+        raise UserError(f"{path.name} is damaged, or holds more than tensors: {what}. It is not read.") from None
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
     ):

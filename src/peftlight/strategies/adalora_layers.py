@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlight.delta import Base, Delta, Factors
+from peftlight.shards import sharded_like, whole
 from peftlight.strategy import Adapter
 
 
@@ -71,7 +72,7 @@ class PrunedSVDLinear(SVDLinear):
         """Set the singular values that are gone to zero."""
         gone = ~self.mask[:, None]
         with torch.no_grad():
-            self.E.masked_fill_(_laid_out(gone, self.E), 0.0)
+            self.E.masked_fill_(sharded_like(gone, self.E), 0.0)
 
     def rank(self) -> Tensor:
         return self.mask.sum()
@@ -136,18 +137,3 @@ def allocate(deltas: Sequence[PrunedSVDLinear], budget: int) -> None:
     for delta, mask in zip(deltas, left, strict=True):
         delta.mask.copy_(mask)
         delta.prune()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor; of one that is sharded over processes, all of it."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
-
-
-def _laid_out(value: Tensor, like: Any) -> Tensor:
-    """A value that every process has, sharded over them as `like` is."""
-    if not hasattr(like, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, like.device_mesh, like.placements)

@@ -1,0 +1,5 @@
+"""An error of one process ends all, with its text; a process that is lost is named."""
+
+from peftlight.watching.watch import OtherProcessFailed, Watch, keep_watch
+
+__all__ = ["OtherProcessFailed", "Watch", "keep_watch"]

@@ -1,0 +1,117 @@
+"""Two machines, each a network of its own: torchrun trains over both, and one of them is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from forked import peftlight
+from processes.ranks import fit, trouble
+
+pytestmark = pytest.mark.slow
+
+
+class Node:
+    """A network namespace with one end of the cable between two of them, and a host name."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.space = number, f"peftlight-{os.getpid()}-{number}"
+        self.cable, self.address = f"pl{os.getpid()}-{number}", f"10.77.0.{number + 1}"
+
+    def torchrun(self, arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+        """This node's half of a training with one process on each."""
+        meeting = ["--nnodes", "2", "--node-rank", str(self.number), "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+                   "--rdzv-endpoint", "10.77.0.1:29500", "--local-addr", self.address,
+                   "--rdzv-conf", f"is_host={1 - self.number},join_timeout=60"]  # fmt: skip
+        named = ["unshare", "--uts", "sh", "-c", f'hostname node-{self.number}; exec "$@"', "sh"]
+        command = ["ip", "netns", "exec", self.space, *named, sys.executable, "-W", "ignore", "-m",
+                   "torch.distributed.run", *meeting, "-m", "peftlight", *arguments]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder),
+                       "GLOO_SOCKET_IFNAME": self.cable}  # fmt: skip
+        return subprocess.Popen(command, cwd=folder, env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+    def lose(self) -> None:
+        """Kill everything that runs there."""
+        for process in ip("netns", "pids", self.space).split():
+            os.kill(int(process), signal.SIGKILL)
+
+
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[Node]]:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    both = [Node(0), Node(1)]
+    try:
+        for node in both:
+            ip("netns", "add", node.space)
+        ip("link", "add", both[0].cable, "netns", both[0].space,
+           "type", "veth", "peer", "name", both[1].cable, "netns", both[1].space)  # fmt: skip
+        for node in both:
+            ip("-n", node.space, "addr", "add", f"{node.address}/24", "dev", node.cable)
+            for device in ("lo", node.cable):
+                ip("-n", node.space, "link", "set", device, "up")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces are not allowed here: {error.stderr}")
+    else:
+        yield both
+    finally:
+        for node in both:
+            if node.space in ip("netns", "list").split():
+                node.lose()
+                ip("netns", "delete", node.space)
+
+
+def test_one_node_is_lost_and_the_run_goes_on_to_what_one_process_gets(
+    nodes: list[Node], tmp_path: Path, encoder: Path
+) -> None:
+    settings: dict[str, object] = {"model.strategy.dropout": 0, "trainer.max_epochs": 2, "optimizer.lr": 0.01}
+    alone = tmp_path / "alone"
+    code, said = peftlight(fit(alone, encoder, **settings | {"data.batch_size": 4}), alone)
+    assert code == 0, said
+
+    arguments = [*fit(tmp_path, encoder, **settings), *trouble("step", 1, "once", at=8), "--trainer.num_nodes=2"]
+    first, second = (node.torchrun(arguments, tmp_path) for node in nodes)
+    wait_for(tmp_path / "when", first)
+    nodes[1].lose()
+    lost = time.monotonic()
+    said, _ = first.communicate(timeout=60)
+    assert time.monotonic() - lost < 30
+    assert first.returncode == 1, said
+    assert "peftlight: error: process 1 on node-1 is gone without a word" in said
+    assert "2 rows each" not in said
+    assert "4 rows each (2 x 1 accumulated x 2 processes on 2 machines)" in said
+    second.communicate()
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "run.json").read_text())["state"] == "failed"
+
+    for node in (again := [node.torchrun(["fit", "--resume", str(run)], tmp_path) for node in nodes]):
+        said, _ = node.communicate(timeout=120)
+        assert node.returncode == 0, said
+    assert len(again) == 2
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name]
+    (reference,) = (alone / "runs").iterdir()
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (reference, run))
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    assert any(tensor.abs().max() > 1e-3 for name, tensor in one.items() if "lora_B" in name)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.1)
