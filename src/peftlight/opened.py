@@ -32,6 +32,12 @@ class Opened:
     """Where each adapter comes from, by its name."""
     new: list[str] = field(default_factory=list)
     """Parameters of the base that no file of it held, its head for instance: they are random."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Those with which the base was loaded."""
+
+    def base_again(self) -> nn.Module:
+        """The base loaded once more, without adapters; in eval mode, what is random drawn anew."""
+        return self.source.load_model(self.auto_class, **self.options)[0].eval()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -63,8 +69,9 @@ def open_adapters(given: Sequence[str], opening: Opening) -> Opened:
     tasks: dict[str, str | None] = {name: record.auto_class or _class_of(source) for name, record in bases.items()}
     auto_class = _agreed("task", tasks or {"base": _class_of(source)})
     held = {} if opening.dtype else _held({name: record.quantization for name, record in bases.items()})
-    model, new = source.load_model(auto_class, opening.dtype or "float32", new_head=True, **held, **_labels(records))
-    opened = Opened(source, auto_class, model.eval(), Adapters(model), records, new)
+    options = {"dtype": opening.dtype or "float32", "new_head": True, **held, **_labels(records)}
+    model, new = source.load_model(auto_class, **options)
+    opened = Opened(source, auto_class, model.eval(), Adapters(model), records, new, options)
     allowed = {"other_base": opening.other_base, "convert_pickle": opening.convert_pickle}
     for name, folder in folders.items():
         adapter = opened.adapters.load(folder, name, **allowed)

