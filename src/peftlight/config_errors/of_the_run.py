@@ -1,0 +1,56 @@
+"""Errors that libraries raise in the middle of a run and that the configuration or the machine causes."""
+
+import re
+from collections.abc import Callable, Sequence
+
+from peftlight.config_errors.given import find, read_given
+from peftlight.errors import UserError, listed, nearest
+
+
+def explained(error: Exception, arguments: Sequence[str]) -> UserError | None:
+    """What to tell a person about `error`, to which `arguments` have led; None if it is not known."""
+    text = str(error)
+    for pattern, sentence in _SENTENCES.items():
+        if match := re.search(pattern, text, re.DOTALL):
+            return UserError(sentence(arguments, *match.groups()))
+    return None
+
+
+def _place(arguments: Sequence[str], path: str, value: str | None = None) -> str:
+    found = find(read_given(arguments), tuple(path.split(".")), value)
+    return f"{found.where}: " if found else ""
+
+
+def _no_metric(arguments: Sequence[str], name: str, known: str) -> str:
+    metrics = re.findall(r"\w+", known)
+    return (f"{_place(arguments, 'trainer.callbacks.monitor', name)}there is no metric {name!r} to monitor."
+            f"{nearest(name, metrics)}\n  Known: {listed(metrics, 20)}.")  # fmt: skip
+
+
+def _seed(arguments: Sequence[str], seed: str, largest: str) -> str:
+    return f"{_place(arguments, 'seed_everything')}the seed is {seed}; expected a whole number from 0 to {largest}."
+
+
+def _half_on_cpu(arguments: Sequence[str]) -> str:
+    return (
+        "The CPU does not compute in float16 together with float32, as model.dtype and trainer.precision ask. Take "
+        "--model.dtype float32 --trainer.precision 32-true, or bfloat16 and bf16-mixed."
+    )
+
+
+def _no_memory(arguments: Sequence[str], device: str) -> str:
+    return (
+        f"{device} has no memory left for this step. In the order of their cost: a smaller --data.batch_size with more "
+        "--trainer.accumulate_grad_batches, a smaller --data.max_length, --model.gradient_checkpointing true, "
+        "--model.dtype bfloat16, or a base in 4 bits: --trainer.callbacks+=Quantize"
+    )
+
+
+_SENTENCES: dict[str, Callable[..., str]] = {
+    r"Early stopping conditioned on metric `([^`]+)` which is not available.*?following: (.*)": _no_metric,
+    r"ModelCheckpoint\(monitor='([^']+)'\)` could not find .*?: \[(.*?)\]": _no_metric,
+    r"(-?\d+) is not in bounds, numpy accepts from 0 to (\d+)": _seed,
+    r"mixed dtype \(CPU\)": _half_on_cpu,
+    r"(CUDA) out of memory": _no_memory,
+}
+"""What the libraries say."""

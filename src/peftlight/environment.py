@@ -1,0 +1,31 @@
+"""What the environment's variables say, settled before a library reads them."""
+
+import os
+
+from peftlight.errors import UserError
+
+_REPORTS = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # the hub's client: versions, and the agent that runs it, in every request
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets: each loaded data set is reported
+    "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers: has a server convert a pickle, and hands it the user's token
+}
+"""What the libraries below tell others without being asked, and the value that stops it."""
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_PORT", "SLURM_PROCID")
+"""Variables of launchers; some are read when Lightning is imported."""
+
+
+def settle_environment() -> None:
+    """Switch reports to others off where the user has not decided, and see that the launcher's numbers are numbers.
+
+    Raises:
+        UserError: a launcher's variable is no number.
+    """
+    for name, silent in _REPORTS.items():
+        os.environ.setdefault(name, silent)
+    for name in _NUMBERS:
+        value = os.environ.get(name)
+        if value is not None and not value.isdecimal():
+            raise UserError(
+                f"The environment variable {name} is {value!r}; expected a whole number, as launchers such as torchrun "
+                f"set it. To run one process: unset {name}"
+            )

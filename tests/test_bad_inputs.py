@@ -1,0 +1,39 @@
+"""Every bad input is answered with a message that a person can act on, which docs/errors.md shows, and with code 2."""
+
+from pathlib import Path
+
+import pytest
+
+from bad_inputs.kit import fill
+from bad_inputs.outcome import outcome, working_folder
+from errors_page import DOCUMENT, ROWS, documented, page, plain
+from tasks.small import QUIET
+
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore")]
+_MOST_LINES = 25
+_NOISE = ("Traceback", "unexpected error", "\x1b", "NestedArg", "<class '", "Parser key", "Weights only load")
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with working_folder(None, tmp_path_factory.mktemp("kit") / "kit") as folder:
+        fill(folder)
+    return folder
+
+
+@pytest.mark.parametrize("key", ROWS, ids=": ".join)
+def test_a_bad_input_is_refused_as_the_page_says(key: tuple[str, str], kit: Path, tmp_path: Path) -> None:
+    row = ROWS[key]
+    with working_folder(kit, tmp_path / "work") as folder:
+        code, message = outcome(row, folder)
+        assert not (folder / "it_ran").exists(), "code of the input ran"
+    assert code == 2
+    assert len(message.splitlines()) <= _MOST_LINES
+    assert not [noise for noise in _NOISE if noise in message], message
+    assert not [part for part in row.says if part not in message], message
+    assert plain(message) == documented()[key]
+
+
+def test_the_page_has_every_row_and_no_other() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == page(documented())
+    assert len(ROWS) >= 110
