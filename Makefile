@@ -16,9 +16,10 @@ test: $(READY)  ## the whole test suite
 quick: $(READY)  ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
-tables: $(READY)  ## write docs/parity.md and docs/compatibility.md from what runs
+tables: $(READY)  ## write docs/parity.md, docs/compatibility.md and docs/errors.md from what runs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/parity.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/compatibility.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/errors_page.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -123,7 +123,7 @@ COMMAND_LINE = [
     ("--trainer.accelerator gpuu", "--trainer.accelerator: there is no accelerator 'gpuu'."),
     ("--trainer.strategy dddp", "--trainer.strategy: there is no strategy 'dddp'. Did you mean 'ddp'?"),
     ("--trainer.devices 0", "--trainer.devices: "),
-    ("--trainer.callbacks ShowPredictionz", "Did you mean 'ShowPredictions'"),
+    ("--trainer.callbacks ShowPredictions", "trainer.callbacks would replace the callbacks of lora.yaml:"),
     ("--trainer.callbacks+ ShowPredictionz", "Did you mean 'ShowPredictions'"),
     ("--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitr=x", "EarlyStopping has no 'monitr'. Did you mean"),
     ("--trainer.logger Foo", "--trainer.logger: there is no class 'Foo'."),
@@ -437,6 +437,13 @@ def test_another_class_on_the_command_line_drops_the_parameters_of_the_first(
     assert "rank" not in strategy.get("init_args", {})
 
 
+def test_callbacks_that_were_taken_away_are_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    away = ["--trainer.callbacks", "null", "--trainer.callbacks", "LearningRateMonitor"]
+    printed = _printed(["fit", "--config", "lora.yaml", *away], capsys)
+    assert "LearningRateMonitor" in printed
+    assert "ShowPredictions" not in printed
+
+
 def test_what_print_config_prints_is_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     printed = _printed(["fit", "--config", "lora.yaml"], capsys)
     Path("printed.yaml").write_text(printed)
@@ -451,3 +458,15 @@ def test_a_misspelt_field_in_a_stack_names_a_command_that_helps(capsys: pytest.C
     told = _told(["fit", "--config", "c.yaml"], capsys)
     assert "IA3 has no 'layrs'. Did you mean 'layers'?" in told
     assert told.endswith("All of it: peftlight fit --model.strategy.help IA3")
+
+
+def test_memory_that_ends_is_answered_with_what_would_take_less() -> None:
+    from torch import OutOfMemoryError
+
+    from peftlight.config_errors.of_the_run import explained
+
+    told = explained(OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."), ["fit"])
+    assert told is not None
+    for part in ("CUDA has no memory left", "--data.batch_size", "--trainer.accumulate_grad_batches", "Quantize"):
+        assert part in str(told)
+    assert explained(RuntimeError("another"), ["fit"]) is None

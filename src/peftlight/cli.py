@@ -1,11 +1,14 @@
 """The command line's first step: help, version and misspelt commands answer here, before anything heavy is imported."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from peftlight import __version__
+from peftlight.environment import settle_environment
 from peftlight.errors import UserError, nearest, one_line
+from peftlight.signals import Stopped, end_at_once_by
 
 TRAINING = {
     "fit": "train, and write a run folder with the adapter, its metrics and its configuration",
@@ -23,8 +26,10 @@ AFTERWARDS = {
     "combine": "make one adapter of several",
     "merge": "write base and adapter as one plain model, with a certificate that they compute the same",
     "push": "publish an adapter on the hub, with its card",
+    "verify": "prove on your configuration that resuming, several processes, saving or merging change nothing",
+    "replay": "train the first steps of a recorded run again, and say whether they agree",
 }
-"""What is done with a trained adapter; each has its file in `commands/`."""
+"""What is done with a trained adapter or a run, and proofs; each has its file in `commands/`."""
 COMMANDS = TRAINING | AFTERWARDS
 
 _HELP = f"""peftlight {__version__}: parameter-efficient fine-tuning on PyTorch Lightning
@@ -46,23 +51,30 @@ _COMMAND_HELP = """usage: peftlight {command} --config FILE [--config FILE ...] 
 
   --config FILE                    a YAML; of several, later ones win key by key
   --print_config                   print the resulting configuration and stop
-  --model CLASS                    the task: SequenceClassification, CausalLM, Seq2Seq, ImageClassification
+  --model CLASS                    the task: SequenceClassification, TokenClassification, CausalLM, Seq2Seq,
+                                   ImageClassification
   --model.base_model NAME          hub id, folder, .gguf file, or pypi:PACKAGE
   --model.strategy CLASS           LoRA, BitFit, Full, or the path of your own class
   --model.strategy.KEY VALUE       a hyperparameter of the strategy: rank, alpha, target_modules ...
   --data CLASS                     SST2, Alpaca, EnglishQuotes, TextClassification, Instructions, Messages, PlainText,
-                                   SourceTarget, InstructionPairs, Images
+                                   SourceTarget, InstructionPairs, CoNLL2003, TaggedWords, Images
   --data.source NAME               hub id, file, folder or glob
   --optimizer CLASS                AdamW and every other of torch; --optimizer.lr 1e-4
   --lr_scheduler CLASS             LinearWarmup and every other of torch
   --trainer.KEY VALUE              max_epochs, devices, strategy, precision, accumulate_grad_batches ...
   --seed_everything N              the seed of all random numbers
-  --ckpt_path FILE                 a checkpoint to continue from or to evaluate
-  --traceback                      on an error, show where in the code it happened
+  --ckpt_path FILE                 a checkpoint to begin from or to evaluate
+{beginning}  --traceback                      on an error, show where in the code it happened
 
   peftlight {command} --help-all          every option
   peftlight {command} --data.help SST2    the options of one class
 """
+BEGINNING = """\
+  --resume RUN                     go on with a run, by its folder or a checkpoint; alone: the newest of --config
+  --allow_changes KEY ...          what may differ from the run that goes on; a refusal says the names
+  --init_adapter ADAPTER           begin a new run with an adapter's weights: its folder, or its name on the hub
+"""
+"""The options of `fit` alone."""
 _PREDICT_HELP = """usage: peftlight predict ADAPTER FILE [--OPTION VALUE ...]
 
 predict: write predictions for the rows of a file as JSONL; what is not given is as in the adapter's run
@@ -83,7 +95,7 @@ _WITHOUT_VALUE = {"-h", "--help", "--help-all"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. The exit code is 0, 2 for an error of the user's, 1 for another, 130 for Ctrl-C."""
+    """Run one command. The exit code is 0, 2 for an error of the user's, 1 for another, 128 + N for signal N."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in given
     given = [argument for argument in given if argument != "--traceback"]
@@ -93,9 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         _check_command(given)
+        settle_environment()
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # so that a configuration can name the user's own classes
-        _run([argument.replace("--help-all", "--help") for argument in given])
+        with end_at_once_by(signal.SIGTERM):
+            return _run([argument.replace("--help-all", "--help") for argument in given])
     except (UserError, OSError) as error:
         if traceback:
             raise
@@ -105,28 +119,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("peftlight: interrupted", file=sys.stderr)
         return 130  # what shells report of a program that Ctrl-C ended
+    except Stopped as stopped:
+        print(f"peftlight: ended by {stopped.name}", file=sys.stderr)
+        return stopped.exit_code
     except Exception as error:
         if traceback:
             raise
         told = f"{type(error).__name__}: {error}"
         print(f"peftlight: unexpected error: {told}\n  --traceback shows where it happened.", file=sys.stderr)
         return 1
-    return 0
 
 
-def _run(given: list[str]) -> None:
+def _run(given: list[str]) -> int:
+    """The exit code; a proof that does not hold has 1."""
     command, rest = given[0], given[1:]
     if command in AFTERWARDS or (command == "predict" and _names_adapter(rest)):
         from peftlight.commands.call import call
 
-        call(command, rest)
-        return
+        return call(command, rest)
     from peftlight.config_errors.given import read_given
+    from peftlight.resume.asked import take_out
 
-    read_given(given)  # a file that is missing or no YAML is refused before seconds of imports
+    read_given(take_out(given)[1])  # a file that is missing or no YAML is refused before seconds of imports
     from peftlight.lightning_cli import run
 
-    run(given)
+    with end_at_once_by(signal.SIGINT):  # Lightning would take a KeyboardInterrupt for a failure
+        run(given)
+    return 0
 
 
 def _names_adapter(rest: list[str]) -> bool:
@@ -146,7 +165,9 @@ def _quick_answer(given: list[str]) -> str | None:
         return f"peftlight {__version__}"
     if given[0] in TRAINING and given[1:] in (["-h"], ["--help"]):
         first = _PREDICT_HELP if given[0] == "predict" else ""
-        return first + _COMMAND_HELP.format(command=given[0], what=COMMANDS[given[0]])
+        return first + _COMMAND_HELP.format(
+            command=given[0], what=COMMANDS[given[0]], beginning=BEGINNING if given[0] == "fit" else ""
+        )
     return None
 
 

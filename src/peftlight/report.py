@@ -8,6 +8,7 @@ from torch import nn
 
 from peftlight.delta import CHILD, Delta
 from peftlight.linear import numbers_in
+from peftlight.shards import class_name
 from peftlight.strategy import Adapter
 
 
@@ -41,7 +42,7 @@ def table_of(adapter: Adapter) -> Table:
     """The rows as a table, with the trained share of the whole model in the last line."""
     rows, whole = rows_of(adapter), numbers_in(adapter.model)
     trained, size = sum(row.parameters for row in rows), sum(row.size for row in rows)
-    table = Table(title=f"{type(adapter.strategy).__name__} on {type(adapter.model).__name__}", title_justify="left")
+    table = Table(title=f"{type(adapter.strategy).__name__} on {class_name(adapter.model)}", title_justify="left")
     for column, justify in (("modules", "left"), ("count", "right"), ("trained", "left"), ("parameters", "right"),
                             ("bytes", "right")):  # fmt: skip
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]

@@ -97,7 +97,8 @@ def test_a_run_that_goes_on_reckons_with_its_own_steps(
 def test_tokens_per_second_counts_what_is_not_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that moves by one second at every look, each step shows its number of tokens."""
     ticks = itertools.count()
-    monkeypatch.setattr("peftlight.tasks.base.time", type("", (), {"monotonic": staticmethod(lambda: next(ticks))}))
+    clock = type("", (), {"monotonic": staticmethod(lambda: next(ticks))})
+    monkeypatch.setattr("peftlight.tasks.token_rate.time", clock)
     speeds = []
 
     class Speeds(Callback):

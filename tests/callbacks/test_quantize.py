@@ -84,7 +84,7 @@ def test_the_run_is_evaluated_on_the_base_that_it_was_trained_on(
     run = fit(tmp_path, encoder, *OVERLAY, *SENTIMENT)
     metrics = json.loads((run / "run.json").read_text())["metrics"]
     assert main(["evaluate", str(run), "--json", str(tmp_path / "found.json")]) == 0
-    assert f"{metrics['val_loss']:.6f}"[:7] in (tmp_path / "found.json").read_text()
+    assert str(metrics["val_loss"])[:7] in (tmp_path / "found.json").read_text()
     again = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), f"--trainer.default_root_dir={tmp_path / 'again'}"]
     assert main(["validate", "--config", str(run / "config.yaml"), *again]) == 0
     (validated,) = (tmp_path / "again").iterdir()

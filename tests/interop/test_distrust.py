@@ -57,10 +57,10 @@ def test_what_is_let_through_takes_moments(pattern: str) -> None:
             compiled = re.compile(pattern)
     except (UserError, re.error):
         return
-    since = time.monotonic()
+    since = time.process_time()
     for path in PATHS[:60]:
         compiled.fullmatch(path)
-    assert time.monotonic() - since < 3
+    assert time.process_time() - since < 3
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,10 @@ def test_a_size_that_is_a_lie(strategy: PEFTStrategy, field: str, size: int, tmp
         text = (tmp_path / file).read_text()
         lie = re.sub(rf'"({field}|r)": \d+', rf'"\1": {size}', text)
         (tmp_path / file).write_text(lie)
-    model, since = make("bert"), time.monotonic()
+    model, since = make("bert"), time.process_time()
     with pytest.raises(UserError):
         load_adapter(model, tmp_path)
-    assert time.monotonic() - since < 5
+    assert time.process_time() - since < 5
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 

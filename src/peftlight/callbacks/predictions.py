@@ -11,6 +11,7 @@ from rich.table import Table
 
 from peftlight.console import say
 from peftlight.files import write_text
+from peftlight.gather import gathered
 from peftlight.tasks import PEFTModule
 
 
@@ -28,7 +29,7 @@ class PredictionWriter(Callback):
         self._records.extend(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        records = {record["id"]: record for part in _gathered(self._records) for record in part}
+        records = {record["id"]: record for part in gathered(self._records) for record in part}
         self._records = []
         if trainer.is_global_zero:
             path = self.folder / "predictions.jsonl"
@@ -74,12 +75,3 @@ class ShowPredictions(Callback):
 
 def _cell(value: Any) -> str:
     return f"{value:.1%}" if isinstance(value, float) else str(value)
-
-
-def _gathered(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The records of every process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [records]
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, records)
-    return parts

@@ -8,7 +8,7 @@ from peftlight.errors import UserError
 from peftlight.quantization import Quantization
 from peftlight.tasks import PEFTModule
 
-_SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+_SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 
 
 class Quantize(Callback):
@@ -56,7 +56,7 @@ def _refuse_others(trainer: Any) -> None:
             "Lightning's BitsandbytesPrecision quantizes too, and both at once would do it twice: leave out "
             "trainer.plugins (or the precision that names it), or the Quantize callback."
         )
-    if type(trainer.strategy).__name__ in _SHARDING:
+    if _SHARDING & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
         raise UserError(
             f"Quantize does not go with {type(trainer.strategy).__name__}: packed weights and their scales cannot be "
             "cut into shards. Choose --trainer.strategy ddp, where each process holds its own quantized base, or "

@@ -53,7 +53,8 @@ def adapter_folder(name: str | Path, revision: str | None = None) -> Path:
         UserError: there is no such adapter, or the hub cannot be reached.
     """
     repo, _, pinned = str(name).partition("@")
-    if Path(name).exists() or "/" not in repo or not is_hub_id(repo):
+    # With a local folder before the slash, a misspelt path is far likelier than a hub user called like the folder.
+    if Path(name).exists() or "/" not in repo or not is_hub_id(repo) or Path(repo).parent.is_dir():
         return Path(name)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -126,7 +126,7 @@ def _section(title: str, *parts: str | None) -> list[str]:
 def _opening(facts: RunFacts, base: str) -> Iterator[str]:
     kind = "in HF PEFT's format" if facts.read_by_peft else "in peftlight's own format"
     yield f"An adapter {kind}: what {code(facts.method)} adds to {base}, without the base itself."
-    if facts.run.get("state") in ("interrupted", "failed"):
+    if facts.run.get("state") in ("interrupted", "failed", "stopped by max_time"):
         yield f"Its training is recorded as {facts.run['state']}."
 
 

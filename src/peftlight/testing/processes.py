@@ -38,7 +38,7 @@ def gradients_of_processes(cases: list[Case]) -> list[dict[str, Tensor]]:
         port = free.getsockname()[1]
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         mp.spawn(_one_process, (port, pickle.dumps(cases), file.name), nprocs=_PROCESSES)
-        found: list[dict[str, Tensor]] = torch.load(file.name)
+        found: list[dict[str, Tensor]] = torch.load(file.name, weights_only=True)
     return found
 
 
