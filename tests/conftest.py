@@ -16,6 +16,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_seed_left_behind() -> Iterator[None]:
+    """A command line leaves its seed to the processes that it starts; those of the next test would take it."""
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def torch_optimizers_only() -> Iterator[None]:
     """HF PEFT, the oracle, imports bitsandbytes; its AdamW would make the short name ambiguous for the command line."""

@@ -1,5 +1,7 @@
 """Every bad input is answered with a message that a person can act on, which docs/errors.md shows, and with code 2."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from bad_inputs.kit import fill
 from bad_inputs.outcome import outcome, working_folder
 from errors_page import DOCUMENT, ROWS, documented, page, plain
+from peftlight.config_errors import places
 from tasks.small import QUIET
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore")]
@@ -19,6 +22,21 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with working_folder(None, tmp_path_factory.mktemp("kit") / "kit") as folder:
         fill(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_classes_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages list all classes that are imported, and other tests define some."""
+    every, here = places._subclasses, Path(__file__).parent
+
+    def without(kind: type) -> Iterator[type]:
+        return (child for child in every(kind) if here not in Path(_file_of(child)).parents)
+
+    monkeypatch.setattr(places, "_subclasses", without)
+
+
+def _file_of(kind: type) -> str:
+    return getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
 
 
 @pytest.mark.parametrize("key", ROWS, ids=": ".join)

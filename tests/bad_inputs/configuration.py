@@ -28,7 +28,7 @@ COMMAND = [
     ),
     row("no configuration", "fit", "needs model and data", "--config FILE", "SequenceClassification", "Alpaca"),
     row("a word for an option", "fit run.yaml", "'run.yaml' belongs to no option", "--KEY VALUE"),
-    row("a command without its adapter", "evaluate", "required: adapters", "peftlight evaluate --help"),
+    row("a command without its adapter", "evaluate", "needs ADAPTERS", "peftlight evaluate --help"),
     row("an option misspelt", "evaluate trained --splitt test", "--splitt", "'--split'"),
     row("a choice that an option has not", "evaluate trained --split train", "'train'", "validation, test"),
     row("a number of rows below one", "evaluate trained --limit 0", "--limit", "at least 1", "it is 0"),

@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused(
     for words, message in (
         ([one, one], "Two adapters would be called 'one'"),
         ([one, other], "do not have the same base"),
-        ([one], "two"),
+        ([one], "TWO"),
         ([one, two, "--directions=0"], "--directions is a number from 1 up"),
         ([one, two, f"--picture={tmp_path / 'no' / 'a.png' / 'b'}", "--pictur=x"], "Did you mean '--picture'"),
     ):

@@ -236,7 +236,7 @@ def test_what_is_missing_or_wrong_is_said(
         ([tmp_path / "moved" / "it", sentences], "has no column 'text'"),
         ([tmp_path / "moved" / "it", sentences, "--data", "Instructions"], "makes the rows of CausalLM"),
         ([run, sentences, "--batch_size", 0], "batch_size must be at least 1; it is 0"),
-        ([run], "file"),
+        ([run], "FILE"),
     ):
         assert main(["predict", *map(str, arguments)]) == 2
         assert expected in capsys.readouterr().err
