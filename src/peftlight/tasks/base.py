@@ -108,7 +108,7 @@ class PEFTModule(LightningModule):
 
     def log_whole(self, values: Mapping[str, Tensor], prog_bar: bool = True) -> None:
         """Log what is the same in all processes; Lightning would recommend to average it over them."""
-        for name in values:
+        for name in values if self.trainer.world_size > 1 else ():
             warnings.filterwarnings("ignore", f"It is recommended to use `self.log\\({re.escape(repr(name))}")
         self.log_dict(values, prog_bar=prog_bar)
 
@@ -263,12 +263,6 @@ class PEFTModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         self._state.load_data()
         return optimizer_and_schedule(self)
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """The schedule is planned over all steps, those that a gradient scaler skips too; torch takes it for a slip."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            super().lr_scheduler_step(scheduler, metric)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""

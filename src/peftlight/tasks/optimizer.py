@@ -36,6 +36,9 @@ def optimizer_and_schedule(module: "PEFTModule") -> OptimizerLRScheduler:
         scheduler = module.lr_scheduler(optimizer)
     except (ValueError, TypeError) as error:
         raise UserError(f"The optimizer or the lr_scheduler refuses its settings: {error}") from error
+    if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
+        # The schedule is planned over all steps, those that the scaler skips too; torch takes it for a slip.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     if isinstance(scheduler, ReduceLROnPlateau):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
     if isinstance(scheduler, LinearWarmup) and scheduler.total_steps is None:
