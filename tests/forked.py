@@ -4,26 +4,45 @@ a moment; to be killed, for example."""
 import multiprocessing
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["peftlight.lightning_cli", "transformers", "transformers.models.bert.modeling_bert"])
 
+_ASKING = threading.Lock()
+"""Every question after a process's end reads its exit code, and starting one asks after all; only one may read it."""
+
 
 def start(arguments: Sequence[object], folder: Path, out: str = "out.txt") -> ForkServerProcess:
     """Start `peftlight` with these arguments in `folder`; what it says goes to a file there."""
     process = _SERVER.Process(target=_main, args=([str(one) for one in arguments], folder, out), daemon=True)
-    process.start()
+    with _ASKING:
+        process.start()
     return process
+
+
+def is_alive(process: ForkServerProcess) -> bool:
+    """Whether the process runs; safe among threads, as `start` and `join` are."""
+    with _ASKING:
+        return process.is_alive()
+
+
+def join(process: ForkServerProcess) -> None:
+    """Wait for the process to end."""
+    wait([process.sentinel])
+    with _ASKING:
+        process.join()
 
 
 def peftlight(arguments: Sequence[object], folder: Path, out: str = "out.txt") -> tuple[int, str]:
     """The exit code, and what was said; minus the number of the signal that killed it."""
     process = start(arguments, folder, out)
-    process.join()
+    join(process)
     assert process.exitcode is not None
     return process.exitcode, (folder / out).read_text()
 

@@ -59,7 +59,7 @@ def result(folder: Path) -> tuple[bytes, str, list[dict[str, str]]]:
 
 
 def until(there: Callable[[], bool], process: ForkServerProcess) -> None:
-    while process.is_alive() and not there():
+    while forked.is_alive(process) and not there():
         time.sleep(0.0003)
 
 
@@ -116,7 +116,7 @@ def killed(folder: Path, given: list[str], moment: Moment) -> bool:
     process = forked.start(["fit", *given], folder)
     moment(folder, process)
     process.kill()
-    process.join()
+    forked.join(process)
     said = (folder / "out.txt").read_text()
     assert process.exitcode in (0, -9) or "is finished" in said, said  # it may have been killed on its last line
     return process.exitcode == -9

@@ -161,7 +161,7 @@ class Adapter:
             delta.take_shapes({key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})
         own = self.state()
         wrong = [f"{key} has shape {tuple(state[key].shape)} in {origin}, {tuple(own[key].shape)} in the model"
-                 for key in own.keys() & state.keys() if own[key].shape != state[key].shape]  # fmt: skip
+                 for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape]  # fmt: skip
         for kind, keys in (("missing from", own.keys() - state.keys()), ("not part of the model but in",
                            state.keys() - own.keys())):  # fmt: skip
             if keys:

@@ -1,5 +1,6 @@
 """Checkpoints and the run's record on several processes, of which each knows something else."""
 
+import atexit
 import json
 import signal
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from models import make
@@ -76,6 +78,21 @@ def stopped_process(rank: int, processes: int, folder: Path) -> None:
     )
     with pytest.raises(StoppedTogether):
         trainer.fit(module, loader(batches(class_rows([4] * 7, [0, 1, 2, 0, 1, 2, 0]), 1)))
+
+
+def ending_process(rank: int, processes: int, folder: Path) -> None:
+    module = SequenceClassification(make("bert"), LoRA(rank=2), num_labels=3, lr_scheduler=constant)
+    trainer = quiet_trainer(folder, [], devices=processes, strategy="ddp", use_distributed_sampler=False)
+    atexit.register(lambda: (folder / f"{rank}.txt").write_text(str(dist.is_initialized())))  # the first is called last
+    trainer.fit(module, loader(batches(class_rows([4] * 2, [0, 1]), 1)))
+    assert dist.is_initialized()
+
+
+@pytest.mark.slow
+def test_the_group_ends_before_the_interpreter(tmp_path: Path) -> None:
+    """Else gloo's thread, if it still holds a tensor of the last message, aborts the process."""
+    spawn(ending_process, 2, tmp_path, within=90)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["False", "False"]
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ class Continuation(Callback):
             raise UserError(
                 "\n  ".join([*refused.values(), f"To go on nevertheless: --allow_changes {' '.join(refused)}"])
             )
-        for name in {name for name, _, _ in known} & self._asked - set(differing):
+        for name in sorted({name for name, _, _ in known} & self._asked - set(differing)):
             if not any(f"{change.key}.".startswith(f"{name}.") for change in self.changes):
                 raise UserError(f"--allow_changes {name} is not needed: it is as it was in the run. Leave it out.")
 

@@ -51,7 +51,7 @@ def trains_only_its_own(case: Case) -> str | None:
     assert not dead, f"no gradient: {listed(dead)}"
     stray = [name for name, p in model.named_parameters() if p.grad is not None and name not in own]
     assert not stray, f"a gradient, though frozen: {listed(stray)}"
-    assert moved == set(own), f"did not move in {STEPS} steps: {listed(own.keys() - moved)}"
+    assert moved == set(own), f"did not move in {STEPS} steps: {listed(sorted(own.keys() - moved))}"
     frozen: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     frozen |= {name: buffer for name, buffer in model.named_buffers() if CHILD not in name.split(".")}
     _assert_equal(
@@ -157,7 +157,8 @@ def checkpoints_gradients(case: Case) -> str | None:
     except UserError as error:
         return f"refused: {error}"
     found, expected = _gradients(again), _gradients(plain)
-    assert found.keys() == expected.keys(), f"no gradient with checkpointing: {listed(expected.keys() - found.keys())}"
+    lacking = sorted(expected.keys() - found.keys())
+    assert found.keys() == expected.keys(), f"no gradient with checkpointing: {listed(lacking)}"
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     wrong = [name for name, gradient in expected.items() if (found[name] - gradient).abs().max() > 1e-4 * largest]
     assert not wrong, f"with checkpointing the gradients differ: {listed(wrong)}"

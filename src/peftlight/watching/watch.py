@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from peftlight.errors import UserError
 from peftlight.signals import StoppedTogether
+from peftlight.watching.at_exit import end_group_at_exit
 from peftlight.watching.link import Link
 from peftlight.watching.news import News
 
@@ -73,6 +74,7 @@ class Watch(Callback):
         if self._link is not None:
             self._link.leave()
             self._link = None
+            end_group_at_exit()
 
     # ---- this process fails
 

@@ -77,7 +77,7 @@ def misshapen(
         if expected is None:
             wrong.append(f"{site} is of the class {type(module).__name__}, which this method cannot change")
             continue
-        wrong += [f"unexpected: {names[part]} of {site}" for part in own.keys() - expected.keys()]
+        wrong += [f"unexpected: {names[part]} of {site}" for part in sorted(own.keys() - expected.keys())]
         wrong += [
             f"{names[part]} of {site} has shape {tuple(own[part].shape)}; the model and the config need {shape}"
             for part, shape in expected.items()

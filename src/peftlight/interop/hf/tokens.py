@@ -79,8 +79,8 @@ def from_peft(config: Config, tensors: Tensors, model: nn.Module, name: str = "d
     found = frame.found_in(config, tensors, model, {_ALONE: "values"})
     strategy = _strategy(_indices("token_indices", config.get("token_indices")), found, model)
     sites = dict(strategy.deltas(model))
-    problems = [*_misfits(found, sites), *(f"missing: {_ALONE} of {site}" for site in sites.keys() - found.matrices)]
-    heads, state = frame.checked(config, found, model, {"values": _ALONE}, problems)
+    lacking = [f"missing: {_ALONE} of {site}" for site in sorted(sites.keys() - found.matrices)]
+    heads, state = frame.checked(config, found, model, {"values": _ALONE}, [*_misfits(found, sites), *lacking])
     return Contents(strategy, heads, state | _state(sites, found, f"{name}.rows.values"))
 
 
@@ -150,8 +150,8 @@ def _strategy(indices: list[int], found: Found, model: nn.Module) -> TrainableTo
 
 
 def _misfits(found: Found, sites: Mapping[str, Delta]) -> list[str]:
-    wrong = [f"unexpected: rows of {site}, which is tied to no table" for site in found.matrices.keys() - sites]
-    for site in found.matrices.keys() & sites.keys():
+    wrong = [f"unexpected: rows of {site}, which is tied to no table" for site in sorted(found.matrices.keys() - sites)]
+    for site in sorted(found.matrices.keys() & sites.keys()):
         value, own = found.matrices[site]["values"], _rows(sites[site]).values
         if value.shape != own.shape:
             wrong.append(f"the rows of {site} have shape {tuple(value.shape)}; the model and the config need "
