@@ -16,7 +16,8 @@ from lightning.pytorch import Trainer
 
 import forked
 from models import make
-from peftlight.checkpoint_files import AtomicCheckpoints, newest_whole, read_checkpoint, write_checkpoint
+from peftlight import checkpoint_files
+from peftlight.checkpoint_files import AtomicCheckpoints, newest_whole, read_checkpoint, write_checkpoint, written_after
 from peftlight.errors import UserError
 from peftlight.strategies import LoRA
 from peftlight.tasks import SequenceClassification
@@ -122,18 +123,15 @@ def test_without_room_the_former_checkpoint_stays(path: Path) -> None:
     assert os.listdir(path.parent) == ["last.ckpt"]
 
 
-def test_of_a_folder_the_newest_whole_one_is_used_and_the_others_are_told(
-    path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_of_a_folder_the_newest_whole_one_is_used_and_the_others_are_told(path: Path) -> None:
     folder = path.parent
     write_checkpoint({"state_dict": {}, "global_step": 4}, folder / "weights.ckpt")
     write_checkpoint(content(5), folder / "epoch=1.ckpt")
     (folder / "epoch=1.ckpt").write_bytes((folder / "epoch=1.ckpt").read_bytes()[:-60])
-    assert newest_whole(folder) == path
-    told = capsys.readouterr().out
-    assert f"epoch=1.ckpt is no checkpoint, or is damaged. Used instead: {path}" in told
-    assert "weights.ckpt holds the weights alone" in told
-    assert told.count(f"Used instead: {path}") == 2
+    found, _, (damaged, weights) = newest_whole(folder)
+    assert found == path
+    assert damaged.endswith(f"epoch=1.ckpt is no checkpoint, or is damaged. Used instead: {path}")
+    assert weights.endswith(f"weights.ckpt holds the weights alone. Used instead: {path}")
 
 
 def test_the_newest_is_the_one_written_last_also_in_a_copy(path: Path, tmp_path: Path) -> None:
@@ -143,7 +141,39 @@ def test_the_newest_is_the_one_written_last_also_in_a_copy(path: Path, tmp_path:
     for name in ("a.ckpt", "last.ckpt"):  # the time of the file is now the other way round
         shutil.copyfile(path.parent / name, copy / name)
         os.utime(copy / name, (len(name) * 1e6, len(name) * 1e6))
-    assert newest_whole(copy) == copy / "a.ckpt"
+    assert newest_whole(copy)[0] == copy / "a.ckpt"
+
+
+def test_the_newest_is_the_one_written_last_also_where_the_clock_was_set_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time_ns", lambda: 10**18)
+    write_checkpoint(content(4), path.parent / "a.ckpt")
+    assert newest_whole(path.parent)[0] == path.parent / "a.ckpt"
+    assert written_after(path) == [path.parent / "a.ckpt"]
+
+
+@pytest.mark.parametrize("what", ["folder", "link to nothing", "damaged disk"])
+def test_what_cannot_be_read_is_passed_over(path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = path.parent / "new.ckpt"
+    checksum = checkpoint_files._checksum
+
+    def fails(file: Any, size: int) -> bytes:
+        if file.name == str(other):
+            raise OSError(5, "Input/output error")
+        return checksum(file, size)
+
+    if what == "folder":
+        other.mkdir()
+        (other / "part").write_bytes(bytes(SEAL))
+    elif what == "link to nothing":
+        other.symlink_to("nowhere.ckpt")
+    else:
+        write_checkpoint(content(4), other)
+        monkeypatch.setattr(checkpoint_files, "_checksum", fails)
+    found, _, (told,) = newest_whole(path.parent)
+    assert found == path
+    assert {"damaged disk": "cannot be read: Input/output error"}.get(what, f"There is no checkpoint {other}") in told
 
 
 def test_a_folder_without_a_whole_one_is_refused(path: Path, tmp_path: Path) -> None:
@@ -184,6 +214,6 @@ def test_a_writer_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_pat
             pass  # until it is in the middle of a write
         os.kill(writer.pid or 0, signal.SIGKILL)
         writer.join()
-        assert newest_whole(tmp_path) == tmp_path / "last.ckpt"
+        assert newest_whole(tmp_path)[0] == tmp_path / "last.ckpt"
         for left in tmp_path.glob(".*.tmp"):
             left.unlink()

@@ -1,7 +1,9 @@
 """A file is written whole or not at all."""
 
+import errno
 import os
 import resource
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,35 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> Non
         write_atomically(tmp_path / "a.txt", look)
         assert reader.read() == "old"  # renamed over, not written over
     assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_links_stay_links_and_pipes_stay_pipes(tmp_path: Path) -> None:
+    """As root a device would give way to a file just so."""
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDWR | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "said")
+    assert os.read(reader, 10) == b"said"
+    assert (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+def test_a_disk_that_cannot_flush_folders_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flush = os.fsync
+
+    def of_files(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    write_text(tmp_path / "a.txt", "new")
+    write_folder(tmp_path / "folder", new_folder)
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "folder"]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -106,6 +137,19 @@ def test_a_folder_takes_its_name_when_it_is_whole(there: str, tmp_path: Path) ->
     assert (folder / "inner" / "file").read_text() == "new"
     assert os.listdir(folder) == ["inner"]
     assert os.listdir(tmp_path / "deep") == ["folder"]
+
+
+def test_what_a_killed_writer_of_the_same_number_left_is_not_in_the_way(tmp_path: Path) -> None:
+    """In containers a program has the same number each time."""
+    write_folder(tmp_path / "folder", lambda temporary: None)
+    for ending in ("tmp", "old"):
+        left = tmp_path / f".folder.{os.getpid()}.{ending}"
+        left.mkdir()
+        new_folder(left)
+        (left / "left").touch()
+    write_folder(tmp_path / "folder", new_folder, replace=True)
+    assert os.listdir(tmp_path) == ["folder"]
+    assert os.listdir(tmp_path / "folder") == ["inner"]
 
 
 @pytest.mark.parametrize("raised", [OSError(28, "No space left"), KeyboardInterrupt()])

@@ -1,6 +1,8 @@
 """A run's folder belongs to one process at a time, and goes away where nothing was done."""
 
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,22 @@ def test_it_is_held_until_it_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyP
     held.leave(nothing_done=False)
     RunFolder(held.path).leave(nothing_done=True)
     assert held.path.is_dir()  # it was not new then
+
+
+def test_a_full_disk_is_no_error_of_the_lock(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        RunFolder(tmp_path).leave(nothing_done=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_gone_is_left_without_an_error(tmp_path: Path) -> None:
+    folder = new_run_folder(tmp_path, "fit")
+    shutil.rmtree(folder.path)
+    folder.leave(nothing_done=True)
 
 
 WORKING = """
@@ -63,5 +81,7 @@ def test_a_new_one_goes_where_it_holds_nothing_but_what_a_start_writes(tmp_path:
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot be made: .*default_root_dir"):
-        new_run_folder(tmp_path / "file" / "runs", "fit")
+    (tmp_path / "link").symlink_to(tmp_path / "a disk that is not there")
+    for root in (tmp_path / "file", tmp_path / "file" / "runs", tmp_path / "link"):
+        with pytest.raises(UserError, match=r"cannot be made: .*default_root_dir"):
+            new_run_folder(root, "fit")

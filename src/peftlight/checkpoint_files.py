@@ -11,7 +11,6 @@ from typing import IO, Any
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from peftlight.console import say
 from peftlight.errors import UserError
 from peftlight.files import write_atomically
 
@@ -46,19 +45,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}.")
-    seal = _seal(path)
-    with open(path, "rb") as file:
-        if seal is not None and _checksum(file, path.stat().st_size - _DIGEST) != seal[1]:
-            raise UserError(f"The checkpoint {path} is damaged: its content does not have the checksum with which it "
-                            f"was written.{_ANOTHER}")  # fmt: skip
-        file.seek(0)
-        return _loaded(file, path)
+    try:
+        with open(path, "rb") as file:
+            seal = _seal(path)
+            if seal is not None and _checksum(file, path.stat().st_size - _DIGEST) != seal[1]:
+                raise UserError(f"The checkpoint {path} is damaged: its content does not have the checksum with which "
+                                f"it was written.{_ANOTHER}")  # fmt: skip
+            file.seek(0)
+            return _loaded(file, path)
+    except OSError as error:
+        raise UserError(f"The checkpoint {path} cannot be read: {error.strerror or error}.{_ANOTHER}") from error
 
 
-def newest_whole(folder: Path) -> Path:
-    """The checkpoint of the folder that was written last, of those from which a training can go on.
+def newest_whole(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The checkpoint of the folder that was written last, of those from which a training can go on, and its content.
 
-    A damaged one, and one that holds the weights alone, is passed over with a notice.
+    A damaged one, and one that holds the weights alone, is passed over; what is to be said of these comes third.
 
     Raises:
         UserError: there is none.
@@ -66,10 +68,8 @@ def newest_whole(folder: Path) -> Path:
     wrong: list[str] = []
     for path in sorted(folder.glob(f"*{SUFFIX}"), key=_written, reverse=True):
         try:
-            if "optimizer_states" in read_checkpoint(path):
-                for passed in wrong:
-                    say(f"{passed} Used instead: {path}")
-                return path
+            if "optimizer_states" in (content := read_checkpoint(path)):
+                return path, content, [f"{passed} Used instead: {path}" for passed in wrong]
             wrong.append(f"The checkpoint {path} holds the weights alone.")
         except UserError as error:
             wrong.append(str(error).removesuffix(_ANOTHER))
@@ -105,7 +105,7 @@ def _write(content: dict[str, Any], temporary: Path, path: Path) -> None:
         _archive(content, file, path)
         file.seek(-2, 2)
         file.write(_SEAL.size.to_bytes(2, "little"))  # the length of the comment ends an archive without one
-        file.write(_MARK + struct.pack("<q", time.time_ns()))
+        file.write(_MARK + struct.pack("<q", _now(path.parent)))
         size = file.tell()
         file.seek(0)
         digest = _checksum(file, size)
@@ -152,18 +152,27 @@ def _odd(error: Exception) -> str:
 
 
 def _seal(path: Path) -> tuple[int, bytes] | None:
-    """When the checkpoint was written, and its checksum; none in a file of another program, or a torn one."""
-    if path.stat().st_size < _SEAL.size:
+    """When the checkpoint was written, and its checksum; none in one that is torn, unreadable or another program's."""
+    try:
+        if path.stat().st_size < _SEAL.size:
+            return None
+        with open(path, "rb") as file:
+            file.seek(-_SEAL.size, 2)
+            mark, written, digest = _SEAL.unpack(file.read())
+    except OSError:
         return None
-    with open(path, "rb") as file:
-        file.seek(-_SEAL.size, 2)
-        mark, written, digest = _SEAL.unpack(file.read())
     return (written, digest) if mark == _MARK else None
 
 
 def _written(path: Path) -> int:
     seal = _seal(path)
-    return path.stat().st_mtime_ns if seal is None else seal[0]  # copying changes the file's own time
+    return path.lstat().st_mtime_ns if seal is None else seal[0]  # copying changes the file's own time
+
+
+def _now(folder: Path) -> int:
+    """The time; after that of every checkpoint in the folder, also where the clock was set back."""
+    sealed = filter(None, map(_seal, folder.glob(f"*{SUFFIX}")))
+    return max([time.time_ns(), *(1 + written for written, _ in sealed)])
 
 
 def _checksum(file: IO[bytes], size: int) -> bytes:

@@ -1,5 +1,6 @@
 """What peftlight says to a person: on the terminal and, as plain text, in the run's log; on the first process only."""
 
+import contextlib
 import io
 import logging
 from pathlib import Path
@@ -27,9 +28,21 @@ def say(what: RenderableType) -> None:
         handler.emit(logging.LogRecord("peftlight", logging.INFO, "", 0, text, None, None))
 
 
+class _RunLog(logging.FileHandler):
+    """A log whose own failure ends no run: on a full disk, what else is written there says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing; Python would print where in the code it was, and for each line anew."""
+
+    def close(self) -> None:
+        """Leave out what could not be written until now."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def write_log_to(path: Path) -> logging.Handler:
     """From now on write what peftlight, Lightning and transformers say, and all warnings, to `path`."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
     for name in _LOGGERS:

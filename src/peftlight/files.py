@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from peftlight.errors import UserError
@@ -16,22 +16,27 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
 
+    A link stays one. A device or a pipe is written to as it is.
+
     Raises:
         UserError: the file cannot be written (disk full, no permission); `path` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except OSError as error:
-        raise UserError(_explain(path, error)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with naming(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            write(path)
+            return
+        target = Path(os.path.realpath(path))
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            _flush(temporary)
+            os.replace(temporary, target)
+            _flush(target.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def write_together(folder: str | Path, files: Mapping[str, Callable[[Path], object]]) -> None:
@@ -98,15 +103,15 @@ def write_folder(path: str | Path, write: Callable[[Path], object], replace: boo
     """
     path = Path(path).resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # in containers a killed writer had the same number
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        write(temporary)
-        for each in [*temporary.rglob("*"), temporary]:
-            _flush(each)
-        _put_in_place(temporary, path, replace)
-    except OSError as error:
-        raise UserError(_explain(path, error)) from error
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            write(temporary)
+            for each in [*temporary.rglob("*"), temporary]:
+                _flush(each)
+            _put_in_place(temporary, path, replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -134,6 +139,7 @@ def write_text(path: str | Path, text: str) -> None:
 def _put_in_place(temporary: Path, path: Path, replace: bool) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     if replace and path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
     try:
         os.replace(temporary, path)
@@ -150,8 +156,20 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what disks say that cannot flush a folder
+            raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within the block a failure of the disk is the user's error, about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(_explain(path, error)) from error
 
 
 def _explain(path: Path, error: OSError) -> str:

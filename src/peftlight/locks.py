@@ -56,13 +56,14 @@ class Lock:
         assert self._file is not None
         with suppress(OSError):  # on a full disk what comes will say so better
             self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%H:%M:%S')}")
-            self._file.flush()
+            text = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%H:%M:%S')}"
+            os.write(self._file.fileno(), text.encode())  # without a buffer, which closing would write again
 
     def leave(self) -> None:
         """Let another process have it."""
         assert self._file is not None
-        self.path.unlink(missing_ok=True)  # while it is held: whoever gets it sees that it is gone, and tries again
+        with suppress(OSError):  # a file that nobody holds is as good as none
+            self.path.unlink()  # while it is held: whoever gets it sees that it is gone, and tries again
         self._file.close()
 
     def _held_by(self) -> str | None:

@@ -36,7 +36,7 @@ class RunFolder:
 
     def leave(self, nothing_done: bool) -> None:
         """Let others work in it; a new folder in which nothing was done goes away with what a start writes."""
-        if self.new and nothing_done and {one.name for one in self.path.iterdir()} <= _OF_THE_START:
+        if self.new and nothing_done and {one.name for one in self.path.glob("*")} <= _OF_THE_START:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.leave()
 
@@ -54,8 +54,8 @@ def new_run_folder(root: Path, name: str) -> RunFolder:
         try:
             folder.mkdir(parents=True)
             return RunFolder(folder, new=True)
-        except FileExistsError:
-            number += 1
         except OSError as error:
-            raise UserError(f"The run folder {folder} cannot be made: {error.strerror}. "
-                            "Set --trainer.default_root_dir to a folder that can be written.") from error  # fmt: skip
+            if not (isinstance(error, FileExistsError) and root.is_dir()):  # as a link to a disk that is not there
+                raise UserError(f"The run folder {folder} cannot be made: {error.strerror}. Set "
+                                "--trainer.default_root_dir to a folder that can be written.") from error  # fmt: skip
+            number += 1

@@ -86,7 +86,7 @@ def test_whenever_it_ends_there_is_a_whole_one_and_only_one_step_is_lost(
     monkeypatch.setattr(os, "replace", counted)
     with pytest.raises(Killed):
         fit(tmp_path, AtStep(2, lambda: third.append(True)), minutes=0.0)
-    assert step_of(newest_whole(tmp_path / "kept")) == (2 if done == 0 else 3)
+    assert step_of(newest_whole(tmp_path / "kept")[0]) == (2 if done == 0 else 3)
 
 
 def test_without_room_the_training_ends_and_the_former_one_stays(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_without_room_the_training_ends_and_the_former_one_stays(tmp_path: Path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(os.listdir(tmp_path / "kept")) == ["last.ckpt", "previous.ckpt"]
-    assert step_of(newest_whole(tmp_path / "kept")) == 4
+    assert step_of(newest_whole(tmp_path / "kept")[0]) == 4
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:

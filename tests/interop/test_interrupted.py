@@ -1,38 +1,18 @@
 """A process that is killed while it replaces an adapter leaves the old one or the new one, whole."""
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from forked import _SERVER
 from models import make
-from peftlight import attach, load_adapter, save_adapter
+from peftlight import attach, files, load_adapter, save_adapter
 from peftlight.errors import UserError
 from peftlight.strategies import LoRA
-
-CHILD = """
-import os, sys
-sys.path.insert(0, {tests!r})
-from interop.test_interrupted import trained
-from peftlight import files, save_adapter
-left = int(sys.argv[2])
-
-def counted(do):
-    def stop_or_do(*arguments):
-        global left
-        left -= 1
-        if left < 0:
-            os._exit(9)  # as a kill does: nothing is tidied up
-        return do(*arguments)
-    return stop_or_do
-
-os.replace, files._flush = counted(os.replace), counted(files._flush)
-save_adapter(trained(8), sys.argv[1])
-print("done")
-"""
 
 
 def trained(alpha: int):
@@ -41,6 +21,23 @@ def trained(alpha: int):
     for parameter in adapter.parameters().values():
         parameter.data.normal_()
     return adapter
+
+
+def save_in_so_many_steps(left: int, folder: Path) -> None:
+    """Save another adapter; before one step more it ends as by a kill: nothing is tidied up."""
+
+    def counted(do: Callable[..., Any]) -> Callable[..., Any]:
+        def stop_or_do(*arguments: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os._exit(9)
+            return do(*arguments)
+
+        return stop_or_do
+
+    os.replace, files._flush = counted(os.replace), counted(files._flush)
+    save_adapter(trained(8), folder)
 
 
 @pytest.mark.slow
@@ -52,11 +49,11 @@ def test_at_every_moment_the_old_or_the_new_one_is_whole(tmp_path: Path, there: 
         folder = tmp_path / str(steps)
         if there:
             save_adapter(old, folder)
-        code = CHILD.format(tests=str(Path(__file__).parents[1]))
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder), str(steps)],
-                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        assert done.returncode in (0, 9), done.stderr[-2000:]
-        if not there and not (folder / ".written").exists() and done.returncode:
+        process = _SERVER.Process(target=save_in_so_many_steps, args=(steps, folder))
+        process.start()
+        process.join()
+        assert process.exitcode in (0, 9)
+        if not there and not (folder / ".written").exists() and process.exitcode:
             with pytest.raises(UserError, match=r"adapter_config\.json|no such folder"):
                 load_adapter(make("bert"), folder)
             continue
@@ -67,7 +64,7 @@ def test_at_every_moment_the_old_or_the_new_one_is_whole(tmp_path: Path, there: 
         assert all(torch.equal(value, expected[key]) for key, value in loaded.state().items())
         assert sorted(path.name for path in folder.iterdir() if not path.name.endswith(".new")) == [
             "adapter_config.json", "adapter_model.safetensors", "peftlight.json"]  # fmt: skip
-        if done.returncode == 0:
+        if process.exitcode == 0:
             break
     else:
         raise AssertionError("it was never allowed to finish")

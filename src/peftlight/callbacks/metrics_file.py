@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from peftlight.files import write_atomically
+from peftlight.console import say
+from peftlight.files import naming, write_atomically
 from peftlight.resume.recorded import Lines
 from peftlight.tasks import PEFTModule
 
@@ -46,12 +47,15 @@ class MetricsFile(CSVLogger):
         """Write a row; a metric that is new gets its column."""
         self.last_step = self._rows if step is None else step
         row = {**metrics, "step": self.last_step}
-        if new := row.keys() - set(self._columns):
-            self._columns = sorted({*self._columns, *new})
+        gone = not self.file.exists()
+        if gone and self._rows > 0:
+            say(f"{self.file} is gone: it begins anew")
+        if gone or row.keys() - set(self._columns):
+            self._columns = sorted({*self._columns, *row})
             self._rewrite([*self._read(), row])
-        else:
-            with open(self.file, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
+            return
+        with naming(self.file), open(self.file, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
         self._rows += 1
 
     @rank_zero_only
@@ -69,16 +73,15 @@ class MetricsFile(CSVLogger):
     def flush(self) -> None:
         """Have the disk hold all rows, for a checkpoint counts on them."""
         if self.file.exists():
-            with open(self.file, "rb") as file:
+            with naming(self.file), open(self.file, "rb") as file:
                 os.fsync(file.fileno())
 
     @rank_zero_only
     def cut(self, rows: int) -> None:
         """Keep the first rows, and drop what was logged after them."""
-        kept = self._read()[:rows]
-        if len(kept) < self._rows:
+        kept = [row for row in self._read()[:rows] if None not in row.values()]  # as of a line that a crash cut off
+        if self._rows > 0:
             self._rewrite(kept)
-        self._rows = len(kept)
         self.last_step = int(kept[-1]["step"]) if kept else -1
 
     def _read(self) -> list[dict[str, str]]:
@@ -87,7 +90,7 @@ class MetricsFile(CSVLogger):
         with open(self.file, newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
-    def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         def write(temporary: Path) -> None:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self._columns)
@@ -95,6 +98,7 @@ class MetricsFile(CSVLogger):
                 writer.writerows(rows)
 
         write_atomically(self.file, write)
+        self._rows = len(rows)
 
 
 def _head(file: Path) -> tuple[list[str], int]:
