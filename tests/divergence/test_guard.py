@@ -1,9 +1,7 @@
 """A training that goes wrong ends before the step, with the rows, the place and the cause; nothing bad is kept."""
 
 import json
-import os
 import re
-import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +17,12 @@ from torch import Tensor, nn
 
 from models import make
 from peftlight import Adapter, PEFTStrategy
-from peftlight.callbacks import Guard
+from peftlight.callbacks import Guard, Quantize
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
-from peftlight.strategies import LoRA
+from peftlight.strategies import Full, LoRA
 from peftlight.tasks import CausalLM, PEFTModule, SequenceClassification, base
+from processes.worlds import spawn
 from tasks.small import (
     QUIET,
     Batch,
@@ -116,6 +115,21 @@ def test_the_stored_batch_gives_the_same_again(tmp_path: Path) -> None:
     assert module.loss(stored)[0].isnan()
 
 
+class Taking(SequenceClassification):
+    """Takes the labels out of its batch, as losses written for other trainers do, and is NaN."""
+
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        labels = batch.pop("labels")
+        return torch.nn.functional.cross_entropy(self.logits(batch), labels) * torch.nan, (labels >= 0).sum()
+
+
+def test_a_loss_that_changes_its_batch_is_computed_once_more_and_the_batch_kept_whole(tmp_path: Path) -> None:
+    made = batches(ROWS, 2)
+    text = stopped(Taking(make("bert"), LoRA(rank=2), num_labels=3), made, tmp_path)
+    assert "loss nan:\n  row 0: 5 tokens, 1 label\n" in text
+    assert torch.equal(load_file(tmp_path / "failed_batch.safetensors")["labels"], torch.tensor([0, 1]))
+
+
 def test_the_random_state_stored_is_that_of_the_step(tmp_path: Path) -> None:
     """With dropout, the same loss comes out again, and what was drawn while looking for the cause is put back."""
     module, losses = Silent(make("bert"), LoRA(rank=2, dropout=0.5), num_labels=3), []
@@ -156,12 +170,39 @@ def test_a_base_that_is_not_finite_is_named(tmp_path: Path) -> None:
     assert "The base itself is not finite in bert.encoder.layer.1.output.dense.bias" in text
 
 
+def test_a_trained_tensor_that_is_not_finite_is_named_before_the_first_step(tmp_path: Path) -> None:
+    """Though no row meets it, no checkpoint could be saved."""
+    module = classifier(Full())
+    with torch.no_grad():
+        module.model.bert.embeddings.word_embeddings.weight[POISON] = torch.nan
+    text = stopped(module, batches(ROWS, 2), tmp_path)
+    assert "1 of the tensors to be trained hold values that are not finite" in text
+    assert "bert.embeddings.word_embeddings.weight. The base's file is damaged" in text
+    assert module.trainer.global_step == 0
+
+
+def test_a_base_that_was_damaged_before_it_was_quantized_is_among_the_causes(tmp_path: Path) -> None:
+    module = classifier(trained_modules=["classifier"])
+    with torch.no_grad():
+        module.model.bert.encoder.layer[0].attention.self.query.weight[0, 5] = torch.nan
+    text = stopped(module, MANY, tmp_path, Quantize(block_size=32))
+    assert "Numbers of the base that are not finite, which its few bits hide" in text
+
+
 def test_a_learning_rate_that_is_far_too_high_is_named(tmp_path: Path) -> None:
     module = classifier(optimizer=partial(torch.optim.SGD, lr=1e30))
     text = stopped(module, batches(ROWS, 2), tmp_path)
     assert "lower the learning rate (--optimizer.lr)" in text
     assert "--trainer.gradient_clip_val 1.0" in text
     assert re.search(r"running away \(trained weights are as large as \d.*e\+\d\d\).* learning rate is 1e\+30", text)
+
+
+def test_weights_held_in_float16_are_not_told_to_learn_more_slowly(tmp_path: Path) -> None:
+    """In it Adam's eps is 0, so where a gradient is 0 a step is 0 / 0, at any learning rate."""
+    module = SequenceClassification(make("bert"), LoRA(rank=2), num_labels=3, lr_scheduler=constant)
+    text = stopped(module, batches(ROWS, 2), tmp_path, precision="16-true")
+    assert "before step 2: the loss is not finite" in text
+    assert "float16 holds nothing above 65504, nor Adam's eps of 1e-8" in text
 
 
 def test_a_clipped_training_is_not_told_to_clip(tmp_path: Path) -> None:
@@ -257,6 +298,14 @@ def test_a_loss_that_fell_to_zero_is_a_success(tmp_path: Path) -> None:
     assert trainer.global_step == 30
 
 
+def test_a_loss_that_was_small_before_a_row_that_is_not_known_may_be_zero_again(tmp_path: Path) -> None:
+    """As with batches of one row, where each is either known or not."""
+    module, trainer = scripted(1.0, 0.3, 0.01, 0.0, 0.9, 0.0, slope=1.0), quiet_trainer(tmp_path)
+    with pytest.warns(UserWarning, match="exactly 0 for 10 steps: these rows are learned by heart"):
+        trainer.fit(module, loader(MANY))
+    assert trainer.global_step == 30
+
+
 def test_no_gradient_at_all_stops_the_run(tmp_path: Path) -> None:
     text = stopped(scripted(0.7), MANY, tmp_path, Guard(idle_steps=4))
     assert (
@@ -307,6 +356,15 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(tmp_path: Path) -> None
     assert not (tmp_path / "bad.ckpt").exists()
 
 
+def test_no_checkpoint_holds_an_optimizer_that_would_train_nothing_any_more(tmp_path: Path) -> None:
+    """The square of a gradient of 1e25 is infinite, and Adam divides by it from then on."""
+    module, saving = scripted(1e25, 1.0, slope=1.0), ModelCheckpoint(tmp_path / "kept", every_n_train_steps=2)
+    text = stopped(module, MANY, tmp_path, saving, enable_checkpointing=True)
+    assert "No checkpoint is saved after step 2: the optimizer keeps values that are not finite" in text
+    assert "as their exp_avg_sq, so it would not train them any more" in text
+    assert not list((tmp_path / "kept").glob("*"))
+
+
 def test_a_guard_of_ones_own_takes_the_place_of_ours(tmp_path: Path) -> None:
     own, module = Guard(idle_steps=3), scripted(0.0)
     assert "before step 3" in stopped(module, MANY, tmp_path, own)
@@ -337,15 +395,10 @@ def test_a_resumed_training_still_knows_that_the_loss_fell(tmp_path: Path) -> No
     assert again.global_step == 12
 
 
-def one_of_two(rank: int, port: int, folder: Path, strategy: str) -> None:
+def one_of_two(rank: int, processes: int, folder: Path, strategy: str) -> None:
     """What one of two processes does: only the second meets the token."""
-    import peftlight.processes.sharded  # noqa: F401  # so that the Trainer knows fsdp2
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    os.environ.pop("PL_GLOBAL_SEED", None)
-    torch.set_num_threads(1)
     base.keep_watch = lambda trainer: None  # which would end the slower process by the other's error
-    trainer = quiet_trainer(folder, devices=2, strategy=strategy, use_distributed_sampler=False)
+    trainer = quiet_trainer(folder, devices=processes, strategy=strategy, use_distributed_sampler=False)
     rows = poisoned(9) if rank == 1 else ROWS
     try:
         trainer.fit(classifier(), loader([padded(rows[start : start + 2]) for start in range(0, 12, 2)]))
@@ -356,9 +409,7 @@ def one_of_two(rank: int, port: int, folder: Path, strategy: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_all_processes_stop_at_once_and_name_the_one_that_it_came_from(strategy: str, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, tmp_path, strategy), nprocs=2)
+    spawn(one_of_two, 2, tmp_path, strategy)
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert first == second
     assert "before step 5" in first

@@ -1,10 +1,7 @@
 """A run of the command line that goes wrong: the message, the run folder, and what is not in it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from transformers import AutoTokenizer
 
 from bases import save_encoder
 from peftlight.cli import main
+from processes.ranks import Ranks
 from tasks.small import QUIET
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
@@ -80,14 +78,11 @@ def test_the_guards_settings_come_from_the_configuration(
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_one_message(flags: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "peftlight", "fit", "--config", str(CONFIG), *flags,
-               "--trainer.devices=2", "--trainer.strategy=ddp"]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 2, done.stderr[-3000:]
-    assert "the loss is not finite (nan)" in done.stderr
-    assert re.search(rf"Process [01], micro-batch 1 of 1, loss nan:\n(  row .*\n)*  row {POISONED} \(", done.stderr)
+    ranks = Ranks(2, ["fit", "--config", str(CONFIG), *flags, "--trainer.strategy=ddp"], tmp_path)
+    assert ranks.ended() == [2, 2]
+    said = ranks.said()[0]
+    assert "the loss is not finite (nan)" in said
+    assert re.search(rf"Process [01], micro-batch 1 of 1, loss nan:\n(  row .*\n)*  row {POISONED} \(", said)
     run, record = of_the_only_run(tmp_path)
     assert record["state"] == "failed"
     assert POISONED in load_file(run / "failed_batch.safetensors")["row"]

@@ -214,6 +214,15 @@ def test_it_trains_after_it_saw_data_and_not_before() -> None:
     assert seen[-1] < seen[0]
 
 
+def test_inputs_that_are_not_finite_are_named() -> None:
+    model, strategy = make("bert"), LoRA(rank=4, init_lora_weights="eva")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.bias[3] = torch.inf
+    adapter = attach(model, strategy)
+    with pytest.raises(UserError, match=r"those of bert.encoder.layer.1.attention.self.query are not finite"):
+        strategy.prepare(adapter, material("bert"))
+
+
 def test_too_few_tokens_and_unused_layers_are_refused() -> None:
     strategy = LoRA(rank=8, init_lora_weights="eva")
     few = [{"input_ids": torch.tensor([[3, 4]])}]

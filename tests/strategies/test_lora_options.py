@@ -101,6 +101,16 @@ def test_pissa_starts_at_the_best_approximation() -> None:
     assert_near(A.norm(dim=1), B.norm(dim=0), 1e-6)  # the root of the values goes to both
 
 
+@pytest.mark.parametrize("iterations", [None, 4])
+def test_pissa_names_a_weight_that_is_not_finite(iterations: int | None) -> None:
+    model = nn.Sequential(nn.Linear(16, 24))
+    with torch.no_grad():
+        model[0].weight[3, 4] = torch.nan
+    strategy = LoRA(rank=4, target_modules=["0"], init_lora_weights="pissa", pissa_niter=iterations)
+    with pytest.raises(UserError, match=r"start by pissa from the weight of 0: .* non-finite values"):
+        attach(model, strategy)
+
+
 def test_a_randomised_pissa_is_near_the_exact_one() -> None:
     """In a weight whose values fall fast, as those of pretrained models do."""
     torch.manual_seed(0)

@@ -1,7 +1,5 @@
 """The gradient of a step is that of (sum of all label losses) / (number of labels), however the rows are batched."""
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -10,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import make
+from peftlight.errors import UserError
 from peftlight.strategies import LoRA
 from peftlight.tasks import CausalLM, PEFTModule, SequenceClassification
+from processes.worlds import spawn
 from tasks.small import (
     QUIET,
     Row,
@@ -124,6 +124,39 @@ def test_a_first_batch_without_labels_leaves_the_step_right(tmp_path: Path) -> N
     assert_equal_states(watch.gradients[0], expected, rtol=1e-5, atol=1e-6)
 
 
+class OfItsOwn(SequenceClassification):
+    """Differentiates the mean of each micro-batch, as Lightning's modules do."""
+
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        loss_sum, labels = self.loss(batch)
+        return loss_sum / labels
+
+
+def test_a_training_step_that_leaves_the_labels_out_is_refused(tmp_path: Path) -> None:
+    module = OfItsOwn(make("bert"), LoRA(rank=2), num_labels=3)
+    with pytest.raises(UserError, match=r"OfItsOwn.training_step differentiates a loss of its own.*define `loss`"):
+        quiet_trainer(tmp_path).fit(module, loader(batches(CLASSES, 4)))
+
+
+class LeavingOut(SequenceClassification):
+    """Takes no step with the second batch, as Lightning allows."""
+
+    def training_step(self, batch, batch_idx: int) -> Tensor | None:
+        return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+
+def test_a_batch_that_a_training_step_leaves_out_has_no_loss(tmp_path: Path) -> None:
+    module, watch = LeavingOut(make("bert"), LoRA(rank=2), num_labels=3), Watch()
+    with (
+        pytest.warns(UserWarning, match="returned `None`"),
+        pytest.warns(UserWarning, match="Step 2 has no label"),
+    ):
+        quiet_trainer(tmp_path, [watch]).fit(module, loader(batches(CLASSES, 2)))
+    losses = [logged["train_loss"] for logged in watch.logged]
+    assert losses[1] == 0
+    assert min(losses[0], *losses[2:]) > 0
+
+
 def test_a_fit_after_one_that_was_broken_off_within_a_step_starts_afresh(tmp_path: Path) -> None:
     module, watch = causal(), Watch()
     broken = [*batches(TOKENS[:2], 1), {"input_ids": torch.zeros(1, 4, dtype=torch.long)}]
@@ -134,13 +167,10 @@ def test_a_fit_after_one_that_was_broken_off_within_a_step_starts_afresh(tmp_pat
     assert_equal_states(watch.gradients[0], expected, rtol=1e-5, atol=1e-6)
 
 
-def one_of_two(rank: int, port: int, folder: Path) -> None:
+def one_of_two(rank: int, processes: int, folder: Path) -> None:
     """What one of two processes does with its share of two micro-batches; the second has no label in its first one."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    os.environ.pop("PL_GLOBAL_SEED", None)
-    torch.set_num_threads(1)
     module, watch = classifier(), Watch()
-    options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, "accumulate_grad_batches": 2}
+    options = {"devices": processes, "strategy": "ddp", "use_distributed_sampler": False, "accumulate_grad_batches": 2}
     quiet_trainer(folder, [watch], **options).fit(module, loader(batches(SHARES[rank], 2)))
     torch.save((watch.gradients[0], watch.logged[0]["train_loss"]), folder / f"{rank}.pt")
 
@@ -150,9 +180,7 @@ SHARES = [class_rows([5, 39, 3, 40], [0, 2, 1, 1], seed=5), class_rows([17, 2, 3
 
 @pytest.mark.slow
 def test_processes_with_few_labels_or_none_count_by_their_labels(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, tmp_path), nprocs=2)
+    spawn(one_of_two, 2, tmp_path)
     loss, expected = by_hand(classifier(), SHARES[0] + SHARES[1])
     for rank in range(2):
         gradient, logged = torch.load(tmp_path / f"{rank}.pt")

@@ -135,6 +135,28 @@ def test_an_optimizer_and_a_scheduler_of_ones_own_are_used(tmp_path: Path) -> No
     assert used_rates(tmp_path, given=own) == pytest.approx(expected)
 
 
+def test_an_optimizer_that_computes_a_step_several_times_does_as_in_plain_torch(tmp_path: Path) -> None:
+    made, lbfgs = batches(ROWS[:4], 2), partial(torch.optim.LBFGS, lr=0.1, max_iter=3)
+    ours, plain = module(optimizer=lbfgs, lr_scheduler=constant), module()
+    for each in (ours, plain):
+        torch.manual_seed(1)
+        each.configure_model()
+    quiet_trainer(tmp_path).fit(ours, loader(made))
+    plain.model.train()
+    optimizer = lbfgs([p for p in plain.parameters() if p.requires_grad])
+
+    def loss_of(batch: Any) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss, labels = plain.loss(batch)
+        (loss / labels).backward()
+        return loss.detach() / labels
+
+    for batch in made:
+        optimizer.step(partial(loss_of, batch))
+    for name, value in trained(plain.model).items():
+        torch.testing.assert_close(trained(ours.model)[name], value, rtol=1e-4, atol=1e-6)
+
+
 def test_reduce_on_plateau_watches_the_validation_loss(tmp_path: Path) -> None:
     still = module(
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-6),  # the loss stays about the same

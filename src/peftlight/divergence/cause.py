@@ -31,6 +31,8 @@ class Circumstances:
     """The largest absolute value in what is trained."""
     half: bool
     """Whether numbers are computed in float16."""
+    trained_in_half: bool
+    """Whether what is trained is held in float16 too."""
     quantized: bool
     """Whether the base is held in 4 or 8 bits."""
     clipped: bool
@@ -49,16 +51,15 @@ def cause(of: Circumstances) -> str:
             f"The base itself is not finite in {listed(of.base, 3)}: its file is damaged, or was converted to a number "
             "format too small for it. Load another copy, or --model.dtype float32."
         )
-    if of.trained:
+    if of.trained and not of.trained_in_half:
         return (
-            f"The weights being trained are not finite in {listed(of.trained, 3)} before this step: "
-            + ("so they were when the training began." if len(of.steps) == 1 else
-               f"an earlier step was too large for them; {_calmer(of)}. The learning rate is {rate:.3g}.")
-        )  # fmt: skip
+            f"The weights being trained are not finite in {listed(of.trained, 3)} before this step: an earlier step "
+            f"was too large for them; {_calmer(of)}. The learning rate is {rate:.3g}."
+        )
     if of.half:
         return (
-            "float16 holds nothing above 65504, and a model trained in bfloat16 may need more: set --trainer.precision "
-            "bf16-mixed, or 32-true, with --model.dtype bfloat16 or float32."
+            "float16 holds nothing above 65504, nor Adam's eps of 1e-8, and a model trained in bfloat16 may need more: "
+            "set --trainer.precision bf16-mixed, or 32-true, with --model.dtype bfloat16 or float32."
         )
     if of.failure == "penalty":
         return f"The strategy's penalty left the range of numbers; {_calmer(of)}, or lower the penalty's weight."
@@ -70,9 +71,10 @@ def cause(of: Circumstances) -> str:
             "Nothing ran away before, so it is this batch on this base: look at its rows, and whether the base's file "
             f"is whole and --model.dtype wide enough for it; or else {_calmer(of)}."
         )
+    hidden = "Numbers of the base that are not finite, which its few bits hide: is its file whole? Or a" * of.quantized
     return (
-        "A function whose slope is infinite where it was used (a square root or a norm at 0, a division by almost 0), "
-        f"in the strategy or in the model; or else {_calmer(of)}."
+        f"{hidden or 'A'} function whose slope is infinite where it was used (a square root or a norm at 0, a division "
+        f"by almost 0), in the strategy or in the model; or else {_calmer(of)}."
     )
 
 

@@ -1,6 +1,7 @@
 """What each process knows of the micro-batch that made a step fail."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -45,8 +46,6 @@ class Evidence:
     """The mean per label, computed once more; None where that could not be done."""
     found: str = ""
     """Where the first numbers come from that are not finite."""
-    stored: str = ""
-    """The file that holds the batch."""
     inputs: list[str] = field(default_factory=list)
     """Names of what in the batch itself is not finite."""
 
@@ -84,7 +83,7 @@ def _compute(task: Task, micro: MicroBatch, evidence: Evidence, of_gradient: boo
     evidence.inputs = not_finite(micro.tensors().items())
     try:
         with watched(task.model) as outputs, micro.as_it_was(task.trainer), torch.set_grad_enabled(backward):
-            loss, labels = task.loss(micro.batch)
+            loss, labels = task.loss(copy(micro.batch))
         evidence.loss = float(loss.detach() / labels.clamp(min=1))
         if not loss.isfinite():
             evidence.guilty, evidence.found = True, str(outputs)

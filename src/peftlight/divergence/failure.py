@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftlight.divergence.cause import Circumstances, cause
@@ -94,6 +95,7 @@ def _circumstances(task: Any, found: Failure, steps: Sequence[Step], evidence: E
         trained=_not_finite_anywhere(trained),
         weight=max(gathered(weight)),
         half=trainer.precision.startswith("16") or getattr(task, "dtype_of_base", None) == "float16",
+        trained_in_half=any(p.dtype == torch.float16 for p in trained.values()),
         quantized=getattr(task, "quantization", None) is not None,
         clipped=bool(trainer.gradient_clip_val),
     )

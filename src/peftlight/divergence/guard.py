@@ -15,7 +15,7 @@ from peftlight.divergence.step import Failure, Step
 from peftlight.errors import UserError, listed
 
 _LEARNED = 0.1
-"""A loss that was below this before it became 0 has fallen there: the rows are learned by heart."""
+"""A loss that was once below this before it became 0 has fallen there: the rows are learned by heart."""
 _REMEMBERED = 6
 """Steps whose losses and gradients a message tells."""
 
@@ -25,7 +25,8 @@ class Guard(Callback):
 
     It is part of every training of peftlight; one given to the Trainer takes its place. Weights and optimizer stay as
     after the step before, and nothing of the failed one gets into a checkpoint. Four numbers are read from the device
-    before each optimizer step, which waits for its backward pass; the step's micro-batches stay in memory until then.
+    before each optimizer step, which waits for its backward pass; the step's micro-batches stay in memory until the
+    next.
     """
 
     def __init__(self, skipped_steps: int = 20, idle_steps: int = 10) -> None:
@@ -43,21 +44,25 @@ class Guard(Callback):
 
     def _start(self) -> None:
         self._window.clear()
+        self._judged = False
         self._steps: deque[Step] = deque(maxlen=_REMEMBERED)
         self._skipped = self._idle = 0
-        self._last_loss = math.inf
+        self._lowest_loss = math.inf
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self._skipped, "idle": self._idle, "last_loss": self._last_loss}
+        return {"skipped": self._skipped, "idle": self._idle, "lowest_loss": self._lowest_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._skipped, self._idle = state_dict["skipped"], state_dict["idle"]
-        self._last_loss = state_dict["last_loss"]
+        self._lowest_loss = state_dict["lowest_loss"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._judged:  # not sooner: some optimizers compute a step's loss several times
+            self._window.clear()
+            self._judged = False
         self._window.append(MicroBatch(batch, pl_module.device))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -84,7 +89,7 @@ class Guard(Callback):
         self._steps.append(step)
         if found := self._found(step, task.trainer):
             raise UserError(failure(task, self._window, found, list(self._steps)))
-        self._window.clear()
+        self._judged = True
 
     def _found(self, step: Step, trainer: Trainer) -> Failure | None:
         bad = step.not_finite()
@@ -99,7 +104,7 @@ class Guard(Callback):
     def _found_idle(self, step: Step) -> Failure | None:
         nothing = step.idle()
         if nothing is None:
-            self._idle, self._last_loss = 0, step.loss
+            self._idle, self._lowest_loss = 0, min(self._lowest_loss, step.loss)
             return None
         self._idle += 1
         if nothing == "no labels" and self._idle == 1:
@@ -107,7 +112,7 @@ class Guard(Callback):
             rank_zero_warn(f"Step {step.number} has no label in any of its rows ({listed(rows)}): it teaches nothing.")
         if self._idle < self.idle_steps:
             return None
-        if nothing != "no loss" or self._last_loss > _LEARNED:
+        if nothing != "no loss" or self._lowest_loss > _LEARNED:
             return nothing
         if self._idle == self.idle_steps:
             rank_zero_warn(f"The loss has been exactly 0 for {self._idle} steps: these rows are learned by heart.")

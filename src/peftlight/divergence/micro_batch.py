@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ class MicroBatch:
     """A batch on its device, with the random state in which it was computed and what its loss was."""
 
     def __init__(self, batch: Mapping[str, Any], device: torch.device) -> None:
-        self.batch, self.device = batch, device
+        self.batch, self.device = copy(batch), device  # a user's loss may take labels out of it
         self.loss: Tensor | None = None
         self.random_state = torch.get_rng_state()
         self.random_state_of_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None

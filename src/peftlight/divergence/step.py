@@ -20,7 +20,7 @@ class Step:
     """The mean per label."""
     labels: float
     gradient: float
-    """The largest absolute value in the gradient of the loss, in all trained tensors."""
+    """The largest absolute value in the gradient of the loss, in all trained tensors; of shards, the mean of theirs."""
     penalty: float
     """The largest absolute value in the gradient of the strategy's penalty."""
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+import torch
 from torch import nn
 
 from peftlight.delta import Delta, Factors
@@ -175,8 +176,16 @@ class LoRA(PEFTStrategy):
         )
 
     def start_at(self, site: str, module: nn.Module) -> Factors:
-        """Where A and B of a linear layer start with pissa or olora."""
-        return start_from(module, self._rank(site), self._scale(site), self.init_lora_weights, self.pissa_niter)
+        """Where A and B of a linear layer start with pissa or olora.
+
+        Raises:
+            UserError: its weight has no such parts.
+        """
+        how = self.init_lora_weights
+        try:
+            return start_from(module, self._rank(site), self._scale(site), how, self.pissa_niter)
+        except torch.linalg.LinAlgError as error:
+            raise UserError(f"LoRA cannot start by {how} from the weight of {site}: {error}") from error
 
     def _settled(self, adapter: Adapter) -> "LoRA":
         """The recipe with the ranks that EVA chose, and with alphas that leave each layer's scale as it was."""

@@ -119,7 +119,7 @@ def settle(
         tau: the cosine.
 
     Raises:
-        UserError: there are too few tokens, or a layer is not used.
+        UserError: there are too few tokens, a layer is not used, or its inputs are not finite.
     """
     found: dict[str, Directions] = {}
     counts: dict[str, int] = {}
@@ -188,8 +188,13 @@ class _Watcher:
         if self.last is not None and self.last[0] is x:
             self.found.setdefault(site, self.last[1])
             return
-        directions = self.found.setdefault(site, Directions(self.most))
-        directions.add(self._rows(x, site))
+        directions, rows = self.found.setdefault(site, Directions(self.most)), self._rows(x, site)
+        if not rows.isfinite().all():
+            raise UserError(
+                f"EVA starts from the inputs of layers, and those of {site} are not finite (NaN or infinite): the "
+                "base's file is damaged, or --model.dtype is too small for it."
+            )
+        directions.add(rows)
         self.last = (x, directions)
 
     def _rows(self, x: Tensor, site: str) -> Tensor:

@@ -39,9 +39,14 @@ class LabelWindow:
         """Forget a window that was broken off."""
         self._batches = 0
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a micro-batch."""
+        return self._batches > 0
+
     def state(self) -> dict[str, Any] | None:
         """What an open window has of this process, as plain values and tensors; None between two windows."""
-        if self._batches == 0:
+        if not self.is_open:
             return None
         return {"batches": self._batches, "totals": self._totals.cpu(), "first": self._first.cpu()}
 
@@ -53,7 +58,7 @@ class LabelWindow:
     def add(self, loss_sum: Tensor, labels: Tensor) -> Tensor:
         """Take one micro-batch in; returns what to differentiate, without the trainer's own averaging factors."""
         totals = torch.stack([loss_sum.detach().float(), labels.float()])
-        if self._batches == 0:
+        if not self.is_open:
             self._first = self._sum(totals[1].clone()).clamp(min=1)
             self._totals = torch.zeros_like(totals)
         self._totals = self._totals + totals
@@ -67,7 +72,8 @@ class LabelWindow:
             parameters: whose gradients are scaled.
             beside: (n,) other numbers of this process, to be summed over all on the same occasion.
         """
-        loss, labels, *others = self._sum(torch.cat([self._totals, beside]))
+        totals = self._totals if self.is_open else beside.new_zeros(2)  # a training_step may leave a batch out
+        loss, labels, *others = self._sum(torch.cat([totals, beside]))
         factor = self._first / labels.clamp(min=1)
         if self._batches > 1:
             torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)

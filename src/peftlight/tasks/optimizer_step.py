@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftlight.finite import largest
+from peftlight.errors import UserError, listed
+from peftlight.finite import largest, not_finite
 from peftlight.liveness import Liveness, Verdict
 from peftlight.strategy import Adapter
 from peftlight.tasks.label_window import Closed, LabelWindow
@@ -25,7 +26,17 @@ class OptimizerStep:
         self.window = LabelWindow(self._summed)
 
     def start(self, adapter: Adapter) -> None:
-        """Begin a training of the adapter: nothing is left of one before."""
+        """Begin a training of the adapter: nothing is left of one before.
+
+        Raises:
+            UserError: what is to be trained is not finite.
+        """
+        if bad := not_finite(adapter.state().items()):
+            raise UserError(
+                f"{len(bad)} of the tensors to be trained hold values that are not finite (NaN or infinite): "
+                f"{listed(bad)}. The base's file is damaged there, or was converted to a number format too small for "
+                "it: load another copy. Or the strategy starts them so."
+            )
         self.window.start()
         self._liveness = Liveness(adapter)
 
@@ -36,9 +47,24 @@ class OptimizerStep:
         return self.window.add(loss_sum, labels) * trainer.accumulate_grad_batches * trainer.world_size
 
     def before_backward(self, loss: Tensor) -> None:
-        """See that no process would wait for gradients that another one does not have."""
+        """See that the loss is one to learn from, and that no process would wait for gradients that another lacks.
+
+        Raises:
+            UserError: it is not, or one would.
+        """
         assert self._liveness is not None
-        trainer = self._module.trainer
+        trainer, name = self._module.trainer, type(self._module).__name__
+        if not self.window.is_open:
+            raise UserError(
+                f"{name}.training_step differentiates a loss of its own, which is not divided by the labels of the "
+                "global batch. Leave training_step as it is, and define `loss`, which returns the summed loss and the "
+                "number of labels."
+            )
+        if not loss.requires_grad:
+            raise UserError(
+                f"The loss does not depend on anything that trains, so no step would change it: {name}.loss lets go "
+                "of it (detach, no_grad, argmax, item)."
+            )
         # Private, but Lightning keeps the options of DDP nowhere else.
         finds_unused = getattr(trainer.strategy, "_ddp_kwargs", {}).get("find_unused_parameters")
         if trainer.world_size > 1 and not finds_unused:

@@ -3,6 +3,8 @@
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from peftlight.errors import UserError, listed
 from peftlight.finite import not_finite
 from peftlight.strategy_spec import spec_of
@@ -15,19 +17,32 @@ def keep_trained(module: "PEFTModule", checkpoint: dict[str, Any]) -> None:
     """Leave the frozen base out of a checkpoint, and say in it what the rest belongs to.
 
     Raises:
-        UserError: a trained tensor is not finite.
+        UserError: a trained tensor, or what the optimizer keeps of it, is not finite.
     """
     own = module.own_state()
     checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
-    if bad := not_finite(checkpoint["state_dict"].items()):
-        raise UserError(
-            f"No checkpoint is saved after step {module.trainer.global_step}: {len(bad)} trained tensors hold values "
-            f"that are not finite (NaN or infinite): {listed(bad)}. The earlier checkpoints are as they were; the "
-            "last optimizer step was too large, so lower the learning rate."
-        )
+    _refuse_not_finite(module, checkpoint)
     checkpoint["quantization"] = _held(module)
     strategy = spec_of(module.strategy)  # it may have been settled
     checkpoint["hyper_parameters"] = {**module.hparams, "strategy": strategy}
+
+
+def _refuse_not_finite(module: "PEFTModule", checkpoint: dict[str, Any]) -> None:
+    before = f"No checkpoint is saved after step {module.trainer.global_step}: "
+    if bad := not_finite(checkpoint["state_dict"].items()):
+        raise UserError(
+            f"{before}{len(bad)} trained tensors hold values that are not finite (NaN or infinite): {listed(bad)}. The "
+            "earlier checkpoints are as they were; the last optimizer step was too large, so lower the learning rate."
+        )
+    optimizers = checkpoint.get("optimizer_states", [])
+    kept = [each for optimizer in optimizers for each in optimizer["state"].values()]
+    if bad := not_finite((key, value) for each in kept for key, value in each.items() if isinstance(value, Tensor)):
+        raise UserError(
+            f"{before}the optimizer keeps values that are not finite (NaN or infinite) of {len(bad)} trained tensors, "
+            f"as their {listed(sorted(set(bad)))}, so it would not train them any more. The earlier checkpoints are as "
+            "they were; a gradient was too large, so lower the learning rate, or cut gradients off "
+            "(--trainer.gradient_clip_val 1.0)."
+        )
 
 
 def warn_of_other_base(module: "PEFTModule", checkpoint: dict[str, Any]) -> None:
