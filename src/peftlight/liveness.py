@@ -13,7 +13,7 @@ from peftlight.shards import first_position, local, summed_over_shards
 from peftlight.strategy import Adapter
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_PART = 1 << 22
+_PART = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,11 @@ def _checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     named = {name: tensor.detach() for name, tensor in tensors}
     if not named:
         return {}
-    sums = [_sum_of_bits(tensor) for tensor in named.values()]
-    together = torch.stack([total.to(sums[0].device) for total in sums])
-    return dict(zip(named, summed_over_shards(together, named.values()).tolist(), strict=True))
+    # Written into one tensor: a small one from each sum, kept among its large ones, would hold the memory of them all.
+    totals = torch.zeros(len(named), dtype=torch.int64, device=next(iter(named.values())).device)
+    for number, tensor in enumerate(named.values()):
+        totals[number] = _sum_of_bits(tensor)
+    return dict(zip(named, summed_over_shards(totals, named.values()).tolist(), strict=True))
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
@@ -139,8 +141,8 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
     part, first = local(tensor), first_position(tensor)
     words = part.contiguous().view(-1).view(_INTEGERS[part.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=part.device)
+    odd = 2 * torch.arange(min(len(words), _PART), device=part.device) + 1
     for start in range(0, len(words), _PART):
-        bits = words[start : start + _PART].to(torch.int64)
-        positions = torch.arange(first + start, first + start + len(bits), device=bits.device)
-        total += (bits * (2 * positions + 1)).sum()
+        bits = words[start : start + _PART]
+        total += (bits * odd[: len(bits)]).sum() + 2 * (first + start) * bits.sum()
     return total

@@ -91,13 +91,13 @@ def ending_process(rank: int, processes: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_the_group_ends_before_the_interpreter(tmp_path: Path) -> None:
     """Else gloo's thread, if it still holds a tensor of the last message, aborts the process."""
-    spawn(ending_process, 2, tmp_path, within=90)
+    spawn(ending_process, 2, tmp_path, start="spawn")
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["False", "False"]
 
 
 @pytest.mark.slow
 def test_they_read_metrics_together_when_they_are_stopped(tmp_path: Path) -> None:
-    spawn(stopped_process, 2, tmp_path, within=90)
+    spawn(stopped_process, 2, tmp_path)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["state"], record["steps"]) == ("interrupted", 3)
     assert "train_loss" in record["metrics"]
@@ -105,7 +105,7 @@ def test_they_read_metrics_together_when_they_are_stopped(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_they_save_together_and_read_metrics_together(tmp_path: Path) -> None:
-    spawn(one_process, 2, tmp_path, within=90)
+    spawn(one_process, 2, tmp_path)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["state"] == "finished"
     assert record["metrics"]["rank"] == 0.5

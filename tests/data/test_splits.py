@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from peftlight.data import SST2, PlainText, TextClassification
 from peftlight.data.reading import read_file
+from peftlight.errors import UserError
 
 ROWS = [{"text": f"film {place}", "label": place % 2} for place in range(40)]
 UNKNOWN = [{"text": "film", "label": -1}, {"text": "fox", "label": -1}]
@@ -83,6 +85,16 @@ def test_sources_of_their_own_come_first(bpe: Callable[..., Any], write: Callabl
     assert [data.summaries[role].rows for role in ("train", "validation", "test", "predict")] == [40, 7, 5, 1]
     assert "labels" in next(iter(data.test_dataloader()))
     assert "labels" not in next(iter(data.predict_dataloader()))
+
+
+def test_fewer_rows_to_predict_than_processes_are_refused(bpe: Callable[..., Any], write: Callable[..., str]) -> None:
+    data = TextClassification(source=write("a.json", ROWS), predict_source=write("b.json", ROWS[:3]), tokenizer=bpe())
+    data.setup()
+    data.trainer = Trainer(accelerator="cpu", devices=3, logger=False, enable_checkpointing=False)
+    assert len(data.predict_dataloader().dataset) == 3  # type: ignore[arg-type]
+    data.trainer = Trainer(accelerator="cpu", devices=4, logger=False, enable_checkpointing=False)
+    with pytest.raises(UserError, match="Each of the 4 processes needs a row to predict, and rows there are 3"):
+        data.predict_dataloader()
 
 
 def test_an_unlabelled_test_split_is_for_predicting_and_validation_is_tested(

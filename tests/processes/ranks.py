@@ -108,9 +108,9 @@ class Ranks:
             self.processes.append(_SERVER.Process(target=_main, args=(given, folder, self.outputs[rank], environment)))
             self.processes[-1].start()
 
-    def ended(self, seconds: float = 60) -> list[int]:
-        """The exit codes, once all have ended; whatever still runs after these seconds is killed, with code -9."""
-        until = time.monotonic() + seconds
+    def ended(self) -> list[int]:
+        """The exit codes, once all have ended; whatever still runs after five minutes is killed, with code -9."""
+        until = time.monotonic() + 300
         for process in self.processes:
             process.join(max(0.0, until - time.monotonic()))
         for process in self.processes:

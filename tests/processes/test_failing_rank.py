@@ -1,6 +1,9 @@
 """An error of one process ends all of them within a minute, each with its text; so does a process that is killed."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,11 @@ FAILURES = [
 ]
 
 
+def seconds_since(folder: Path) -> float:
+    """Since something went wrong there."""
+    return time.time() - float((folder / "when").read_text())
+
+
 def the_record(folder: Path) -> dict[str, str]:
     (run,) = (folder / "runs").iterdir()
     record: dict[str, str] = json.loads((run / "run.json").read_text())
@@ -31,6 +39,7 @@ def test_an_error_of_one_ends_all_with_its_text(
 ) -> None:
     ranks = Ranks(count, [*fit(tmp_path, encoder), *trouble(where, rank, kind)], tmp_path)
     assert ranks.ended() == [code] * count
+    assert seconds_since(tmp_path) < 60
     for number, said in enumerate(ranks.said()):
         (error, *further) = [line for line in said.splitlines() if line.startswith("peftlight: ")]
         assert f"the {where} went wrong" in error
@@ -47,6 +56,7 @@ def test_an_error_of_one_ends_all_with_its_text(
 def test_a_killed_process_is_named_by_all_others(rank: int, count: int, tmp_path: Path, encoder: Path) -> None:
     ranks = Ranks(count, [*fit(tmp_path, encoder), *trouble("step", rank, "kill")], tmp_path)
     assert ranks.ended() == [-9 if number == rank else 1 for number in range(count)]
+    assert seconds_since(tmp_path) < 60
     for number, said in enumerate(ranks.said()):
         errors = [line for line in said.splitlines() if line.startswith("peftlight: ")]
         if number != rank:
@@ -56,6 +66,18 @@ def test_a_killed_process_is_named_by_all_others(rank: int, count: int, tmp_path
             assert "This process was at step 3. No checkpoint was written yet." in error
     record = the_record(tmp_path)
     assert record["state"] == ("running" if rank == 0 else "failed")  # the first one keeps the record
+
+
+def test_a_signal_ends_one_that_waits_for_another_which_never_comes(tmp_path: Path, encoder: Path) -> None:
+    ranks = Ranks(1, [*fit(tmp_path, encoder), "--trainer.num_nodes=2"], tmp_path)
+    until = time.monotonic() + 300
+    while "Initializing distributed" not in ranks.said()[0]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    time.sleep(0.5)  # it is in torch by now
+    os.kill(ranks.processes[0].pid or 0, signal.SIGTERM)
+    assert ranks.ended() == [128 + signal.SIGTERM]
+    assert "peftlight: ended by SIGTERM, before all processes had come" in ranks.said()[0]
 
 
 def test_what_all_meet_alike_is_said_once(tmp_path: Path, encoder: Path) -> None:

@@ -1,15 +1,14 @@
 """`peftlight fit --trainer.strategy fsdp2` in real processes: the adapter's folder of one process, and its resuming."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
+
+from processes.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 CONFIG = Path(__file__).parents[2] / "configs" / "lora.yaml"
@@ -17,11 +16,9 @@ KEEP_ALL = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
             "init_args": {"save_top_k": -1, "every_n_train_steps": 1, "filename": "{step}"}}  # fmt: skip
 
 
-def fit(*arguments: object) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "peftlight", "fit", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+def fit(processes: int, folder: Path, *arguments: object) -> None:
+    ranks = Ranks(processes, ["fit", *map(str, arguments)], folder)
+    assert ranks.ended() == [0] * processes, ranks.said()
 
 
 def run(processes: int, folder: Path, encoder: Path, *arguments: str) -> Path:
@@ -30,10 +27,11 @@ def run(processes: int, folder: Path, encoder: Path, *arguments: str) -> Path:
     source, callbacks, root = folder / "rows.tsv", folder / "callbacks.yaml", folder / f"{processes}{len(arguments)}"
     source.write_text("sentence\tlabel\n" + "".join(rows))
     callbacks.write_text(yaml.safe_dump({"trainer": {"callbacks": [KEEP_ALL]}}))
-    fit("--config", CONFIG, "--config", callbacks, f"--model.base_model={encoder}", f"--data.source={source}",
+    fit(processes, folder, "--config", CONFIG, "--config", callbacks,
+        f"--model.base_model={encoder}", f"--data.source={source}",
         f"--data.validation_source={source}", f"--data.batch_size={8 // processes}", "--optimizer.lr=0.01",
-        f"--trainer.devices={processes}", f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu",
-        "--trainer.max_epochs=3", "--trainer.log_every_n_steps=1", *arguments)  # fmt: skip
+        f"--trainer.default_root_dir={root}", "--trainer.accelerator=cpu", "--trainer.max_epochs=3",
+        "--trainer.log_every_n_steps=1", *arguments)  # fmt: skip
     (made,) = root.iterdir()
     return made
 
@@ -64,12 +62,13 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path, encoder: 
     through = run(2, tmp_path, encoder, "--trainer.strategy=fsdp2")  # with the dropout of the configuration
     start = tmp_path / "step=3.ckpt"  # in the middle of an epoch; beside a finished run there is nothing to go on with
     shutil.copy(through / "checkpoints" / start.name, start)
-    fit("--resume", start, f"--trainer.default_root_dir={tmp_path / 'resumed'}")
+    fit(2, tmp_path, "--resume", start, f"--trainer.default_root_dir={tmp_path / 'resumed'}")
     (resumed,) = (tmp_path / "resumed").iterdir()
     record = json.loads((resumed / "run.json").read_text())
     assert ([entry["step"] for entry in record["resumed"]], record["steps"]) == ([3], 6)
     other = ("--optimizer=SGD", "--optimizer.lr=0.1", "--allow_changes=optimizer", "--trainer.max_steps=4",
              "--allow_changes=trainer.max_steps")  # fmt: skip
-    fit("--resume", start, f"--trainer.default_root_dir={tmp_path / 'other'}", *other)  # an optimizer without a past
+    without_a_past = ("--resume", start, f"--trainer.default_root_dir={tmp_path / 'other'}", *other)
+    fit(2, tmp_path, *without_a_past)
     names = ("adapter_model.safetensors", "adapter_config.json")
     assert all((through / "adapter" / name).read_bytes() == (resumed / "adapter" / name).read_bytes() for name in names)

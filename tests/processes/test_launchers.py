@@ -1,6 +1,7 @@
 """The same configuration under Lightning's own launcher and under torchrun: one run, one folder, one adapter."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,8 +13,9 @@ from safetensors.torch import load_file
 from torch import equal
 
 from peftlight.cli import main
+from peftlight.environment import is_first_process
 from peftlight.errors import UserError
-from peftlight.processes.size import check_size, is_first_process
+from peftlight.processes.size import check_size
 from processes.ranks import fit, trouble
 
 PEFTLIGHT = [sys.executable, "-W", "ignore", "-m", "peftlight"]
@@ -36,7 +38,7 @@ def test_torchrun_makes_one_folder_with_the_adapter_of_lightnings_launcher(tmp_p
     }
     adapters = []
     for name, process in processes.items():
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said
         assert "4 rows each (2 x 1 accumulated x 2 processes)" in said
         for remark in ("sync_dist", "LeafSpec", "many workers"):
@@ -53,7 +55,7 @@ def test_torchrun_makes_one_folder_with_the_adapter_of_lightnings_launcher(tmp_p
 def test_a_killed_process_ends_what_was_launched_with_its_name_and_code_1(tmp_path: Path, encoder: Path) -> None:
     arguments = [*fit(tmp_path, encoder), *trouble("step", 1, "kill"), "--trainer.devices=2"]
     process = started(PEFTLIGHT, arguments, tmp_path)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "error: process 1 on" in said
     assert "zombies" not in said, "the launcher's own words"
@@ -64,11 +66,24 @@ def test_a_killed_process_ends_what_was_launched_with_its_name_and_code_1(tmp_pa
 def test_an_error_ends_what_was_launched(launcher: list[str], code: int, tmp_path: Path, encoder: Path) -> None:
     arguments = [*fit(tmp_path, encoder), *trouble("step", 1), "--trainer.devices=2"]
     process = started(launcher, arguments, tmp_path)
-    said, _ = process.communicate(timeout=120)  # the pipe's end: no process is left that could write
-    assert time.time() - float((tmp_path / "when").read_text()) < 15
+    said, _ = process.communicate(timeout=300)  # the pipe's end: no process is left that could write
+    assert time.time() - float((tmp_path / "when").read_text()) < 60
     assert process.returncode == code
     assert "error: process 1 on" in said
     assert "failed, and with it the whole run: the step went wrong" in said
+
+
+@pytest.mark.slow
+def test_a_port_that_another_has_ends_all_that_was_launched(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        process = started(PEFTLIGHT, [*fit(tmp_path, encoder), "--trainer.devices=2"], tmp_path)
+        said, _ = process.communicate(timeout=300)  # the pipe's end: no process is left that could write
+    assert process.returncode == 2
+    assert f"error: The processes cannot meet at port {port}, MASTER_PORT in the environment" in said
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -121,6 +136,7 @@ def test_jobs_in_which_lightning_starts_the_processes_are_not_counted(monkeypatc
 def test_only_one_process_of_all_machines_makes_the_folder(
     number: int, machine: str | None, first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", number)
     if machine is not None:
         monkeypatch.setenv("NODE_RANK", machine)
-    assert is_first_process(number) == first
+    assert is_first_process() == first

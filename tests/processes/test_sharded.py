@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from bases import tokenizer
@@ -19,7 +19,7 @@ from peftlight.errors import UserError
 from peftlight.processes import FSDP2Strategy
 from peftlight.strategies import LoRA
 from peftlight.tasks import CausalLM, Seq2Seq
-from peftlight.tasks.distribution import refuse_other_sharding
+from peftlight.tasks.distribution import refuse_other_distribution
 from processes.worlds import Case, SharedRows, spawn
 from tasks.small import QUIET, loader, padded, quiet_trainer, token_rows
 
@@ -70,7 +70,7 @@ def one_process(rank: int, processes: int, folder: Path) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What the second of two processes found, and the folder of the checkpoints."""
     folder = tmp_path_factory.mktemp("two")
-    spawn(one_process, 2, folder, within=300)
+    spawn(one_process, 2, folder)
     return torch.load(folder / "1.pt"), folder
 
 
@@ -147,13 +147,24 @@ def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "strategy",
-    ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_3", "modelparallel", ModelParallelStrategy(), FSDPStrategy()],
+    [
+        "fsdp",
+        "fsdp_cpu_offload",
+        "deepspeed_stage_3",
+        "modelparallel",
+        ModelParallelStrategy(),
+        FSDPStrategy(),
+        "ddp_spawn",
+        "ddp_fork_find_unused_parameters_false",
+        "ddp_notebook",
+        DDPStrategy(start_method="spawn"),
+    ],
 )
-def test_other_ways_to_shard_are_refused_by_name(strategy: Any) -> None:
+def test_other_ways_to_distribute_are_refused_by_name(strategy: Any) -> None:
     with pytest.raises(UserError, match=r"trainer.strategy is .* Choose fsdp2 .* or ddp"):
-        refuse_other_sharding(strategy)
+        refuse_other_distribution(strategy)
 
 
 def test_ours_and_ddp_are_not_refused() -> None:
     for strategy in ("fsdp2", "ddp", "auto", None, FSDP2Strategy()):
-        refuse_other_sharding(strategy)
+        refuse_other_distribution(strategy)

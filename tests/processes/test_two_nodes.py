@@ -30,7 +30,7 @@ class Node:
         """This node's half of a training with one process on each."""
         meeting = ["--nnodes", "2", "--node-rank", str(self.number), "--nproc-per-node", "1", "--rdzv-backend", "c10d",
                    "--rdzv-endpoint", "10.77.0.1:29500", "--local-addr", self.address,
-                   "--rdzv-conf", f"is_host={1 - self.number},join_timeout=60"]  # fmt: skip
+                   "--rdzv-conf", f"is_host={1 - self.number},join_timeout=300"]  # fmt: skip
         named = ["unshare", "--uts", "sh", "-c", f'hostname node-{self.number}; exec "$@"', "sh"]
         command = ["ip", "netns", "exec", self.space, *named, sys.executable, "-W", "ignore", "-m",
                    "torch.distributed.run", *meeting, "-m", "peftlight", *arguments]  # fmt: skip
@@ -87,8 +87,8 @@ def test_one_node_is_lost_and_the_run_goes_on_to_what_one_process_gets(
     wait_for(tmp_path / "when", first)
     nodes[1].lose()
     lost = time.monotonic()
-    said, _ = first.communicate(timeout=60)
-    assert time.monotonic() - lost < 30
+    said, _ = first.communicate(timeout=300)
+    assert time.monotonic() - lost < 60
     assert first.returncode == 1, said
     assert "peftlight: error: process 1 on node-1 is gone without a word" in said
     assert "2 rows each" not in said
@@ -98,7 +98,7 @@ def test_one_node_is_lost_and_the_run_goes_on_to_what_one_process_gets(
     assert json.loads((run / "run.json").read_text())["state"] == "failed"
 
     for node in (again := [node.torchrun(["fit", "--resume", str(run)], tmp_path) for node in nodes]):
-        said, _ = node.communicate(timeout=120)
+        said, _ = node.communicate(timeout=300)
         assert node.returncode == 0, said
     assert len(again) == 2
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name]
@@ -110,7 +110,7 @@ def test_one_node_is_lost_and_the_run_goes_on_to_what_one_process_gets(
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until

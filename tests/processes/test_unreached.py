@@ -76,7 +76,7 @@ def one_process(rank: int, processes: int, folder: Path) -> None:
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, tuple[int, ...]], str]]:
     """What each of the two processes said."""
     folder = tmp_path_factory.mktemp("unreached")
-    spawn(one_process, 2, folder, within=200)
+    spawn(one_process, 2, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

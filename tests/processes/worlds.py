@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import forked  # noqa: F401  # so that processes are forked from one that has imported everything
 from models import make
 from peftlight import PEFTStrategy, save_adapter
 from peftlight.data.sampling import EpochSampler, Sampled
@@ -161,27 +162,30 @@ def _train_all(
         torch.save(found, folder / "outcomes.pt")
 
 
-def spawn(function: Callable[..., None], processes: int, *arguments: Any, within: float = 500) -> None:
-    """Call function(rank, processes, *arguments) in as many processes, which Lightning takes for those of one run.
+def spawn(function: Callable[..., None], processes: int, *arguments: Any, start: str = "forkserver") -> None:
+    """Call function(rank, processes, *arguments) in as many processes, which Lightning takes for those of one run; with
+    start="spawn" each has an interpreter of its own, which ends as a user's does.
 
     Raises:
-        AssertionError: after so many seconds they were still there, waiting for each other probably; they are ended.
+        AssertionError: after ten minutes they were still there, waiting for each other probably; they are ended.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started: Any = mp.spawn(_one_process, (processes, port, function, arguments), nprocs=processes, join=False)
-    until = time.monotonic() + within
+    given = (processes, port, function, arguments)
+    started: Any = mp.start_processes(_one_process, given, processes, join=False, start_method=start)
+    until = time.monotonic() + 600
     while not started.join(timeout=1):
         if time.monotonic() > until:
             for process in started.processes:
                 process.kill()
-            raise AssertionError(f"{processes} processes did not end within {within} s")
+            raise AssertionError(f"{processes} processes did not end")
 
 
 def _one_process(
     rank: int, processes: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
+    os.environ.pop("PL_GLOBAL_SEED", None)  # an earlier test's: DDP would seed with it once more
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     where = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": processes, "MASTER_PORT": port}

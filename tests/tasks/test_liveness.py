@@ -74,6 +74,20 @@ def test_a_tensor_without_a_gradient_ends_the_run_at_its_first_step(tmp_path: Pa
     assert counted.steps == 0
 
 
+class _LetGo(SequenceClassification):
+    """Computes its loss past the gradient."""
+
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        loss, labels = super().loss(batch)
+        return loss.detach(), labels
+
+
+def test_a_loss_without_a_gradient_is_refused(tmp_path: Path) -> None:
+    module = _LetGo(make("bert"), LoRA(rank=2), num_labels=3)
+    with pytest.raises(UserError, match=r"does not depend on anything that trains.*_LetGo.loss lets go of it"):
+        quiet_trainer(tmp_path).fit(module, loader(batches(class_rows([5, 7], [0, 1]), 2)))
+
+
 def test_a_tensor_that_stays_where_it_was_is_named(tmp_path: Path) -> None:
     verdict = fitted(_Scaled(), tmp_path).verdict
     assert verdict.still == ["bert.encoder.layer.0.output.dense.deltas.default.l"]

@@ -49,13 +49,11 @@ class Wishes:
         self._arrived()
 
     def stop(self) -> None:
-        """End; all processes come here together.
-
-        The group ends with the default one: gloo's thread may still hold the last message, and taking the group from
-        under it aborts the process.
-        """
+        """End; all processes come here together."""
         self.forget()
-        self._group = None
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def _arrived(self) -> int:
         if self._on_its_way is None:

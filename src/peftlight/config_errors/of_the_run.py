@@ -38,6 +38,13 @@ def _half_on_cpu(arguments: Sequence[str]) -> str:
     )
 
 
+def _tasks(arguments: Sequence[str], count: str) -> str:
+    return (
+        f"The SLURM job has {count} tasks in all (SLURM_NTASKS), and Lightning starts from the tasks of each machine: "
+        f"#SBATCH --ntasks-per-node={count}. To run one process: unset SLURM_NTASKS"
+    )
+
+
 def _no_memory(arguments: Sequence[str], device: str) -> str:
     return (
         f"{device} has no memory left for this step. In the order of their cost: a smaller --data.batch_size with more "
@@ -46,11 +53,20 @@ def _no_memory(arguments: Sequence[str], device: str) -> str:
     )
 
 
+def _port_taken(arguments: Sequence[str], port: str) -> str:
+    return (
+        f"The processes cannot meet at port {port}, MASTER_PORT in the environment: another program has it, perhaps "
+        "another run. Set MASTER_PORT to a free one; for processes of this machine alone: unset MASTER_PORT"
+    )
+
+
 _SENTENCES: dict[str, Callable[..., str]] = {
     r"Early stopping conditioned on metric `([^`]+)` which is not available.*?following: (.*)": _no_metric,
     r"ModelCheckpoint\(monitor='([^']+)'\)` could not find .*?: \[(.*?)\]": _no_metric,
     r"(-?\d+) is not in bounds, numpy accepts from 0 to (\d+)": _seed,
+    r"You set `--ntasks=(\d+)` in your SLURM": _tasks,
     r"mixed dtype \(CPU\)": _half_on_cpu,
     r"(CUDA) out of memory": _no_memory,
+    r"failed to listen.*port: (\d+).*EADDRINUSE": _port_taken,
 }
 """What the libraries say."""

@@ -165,6 +165,8 @@ class DataFamily(LightningDataModule):
         datasets = self._ready().datasets
         if role not in datasets:
             raise UserError(f"{self.source} has no {role} split. {_GIVE[role]}")
+        if role == "predict":
+            self._check_shares(len(datasets[role]))  # type: ignore[arg-type]
         # Lightning shares out the rows to predict itself: none of them must be there twice.
         sampler = None if role == "predict" else self._sampler(role, len(datasets[role]), share)  # type: ignore[arg-type]
         return DataLoader(
@@ -177,6 +179,12 @@ class DataFamily(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each epoch would draw from the numbers of the training
         )
+
+    def _check_shares(self, rows: int) -> None:
+        processes = self.trainer.world_size if self.trainer else 1
+        if 0 < rows < processes:
+            raise UserError(f"Each of the {processes} processes needs a row to predict, and rows there are {rows}: "
+                            "--trainer.devices 1")  # fmt: skip
 
     def _sampler(self, role: str, rows: int, share: dict[str, int] | None) -> EpochSampler:
         trainer: Any = self.trainer

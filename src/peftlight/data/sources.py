@@ -186,7 +186,8 @@ def _existing(path: Path) -> Path:
         if not path.parent.is_dir():
             raise UserError(f"There is no file {path}: the folder {path.parent} does not exist.")
         siblings = sorted(other.name for other in path.parent.iterdir())
-        raise UserError(f"There is no file {path}.{nearest(path.name, siblings)}")
+        where = nearest(path.name, siblings) or f" It was looked for in {path.parent.resolve()}."
+        raise UserError(f"There is no file {path}.{where}")
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: cannot read files ending in {path.suffix!r}; known are {listed(READERS)}.")
     return path

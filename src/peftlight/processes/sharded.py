@@ -136,9 +136,10 @@ def _spread(unit: nn.Module, device: torch.device) -> None:
     unit.to(device)
     for tensor in (*unit.parameters(), *unit.buffers()):
         if not is_sharded(tensor):
-            value = tensor.detach().contiguous()
+            # A copy: the pages of a weights file are shared by all processes as long as nobody writes in them.
+            value = tensor.detach().clone(memory_format=torch.contiguous_format)
             dist.broadcast(value, 0)
-            tensor.data.copy_(value)
+            tensor.data = value
 
 
 def _whole(kept: Mapping[str, Any]) -> dict[str, Any]:

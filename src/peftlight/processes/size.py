@@ -28,11 +28,6 @@ def check_size(trainer: Trainer) -> None:
         )
 
 
-def is_first_process(number: int) -> bool:
-    """Whether this process, of that number as far as it is known, is the first of all machines' processes."""
-    return number == 0 and os.environ.get("NODE_RANK", "0") == "0"
-
-
 def _started() -> tuple[str, int, int] | None:
     """Who started the processes, how many, on how many machines; None where the trainer starts them itself."""
     if dist.is_torchelastic_launched():

@@ -43,10 +43,12 @@ class Link:
 
     # ---- called by the main thread
 
-    def tell(self, news: News) -> None:
-        """Tell every process; without a connection nobody can be told."""
-        if self._is_connected():
+    def tell(self, news: News) -> bool:
+        """Tell every process; false: there is no connection, so nobody can be told."""
+        connected = self._is_connected()
+        if connected:
             self._do(self._write(news.line()))
+        return connected
 
     def leave(self) -> None:
         """Say that this process ends as it should, and close the connection."""

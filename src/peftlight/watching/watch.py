@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from peftlight.errors import UserError
 from peftlight.signals import StoppedTogether
+from peftlight.watching.arrival import Arrival
 from peftlight.watching.at_exit import end_group_at_exit
 from peftlight.watching.link import Link
 from peftlight.watching.news import News
@@ -59,6 +60,7 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.at_end: Callable[[OtherProcessFailed], object] = lambda error: None
         self._link: Link | None = None
+        self._arrival: Arrival | None = None
 
     def begin(self, trainer: Trainer) -> None:
         """Start to watch over one run of the trainer."""
@@ -66,6 +68,13 @@ class Watch(Callback):
         self._heard: list[News] = []
         self._told, self._raised, self._own = threading.Event(), threading.Event(), ""
         self._link = Link(f"watch {next(_runs)}", trainer.global_rank, trainer.num_nodes == 1, self._hear)
+        if threading.current_thread() is threading.main_thread():
+            self._arrival = Arrival(getattr(trainer.strategy.launcher, "procs", []))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._arrival is not None:
+            self._arrival.over()
+            self._arrival = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave()
@@ -79,6 +88,9 @@ class Watch(Callback):
     # ---- this process fails
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._arrival is not None:
+            _hold_launcher_back()
+            self._arrival.failed()
         if self._link is None:
             return
         if isinstance(exception, StoppedTogether):
@@ -90,8 +102,7 @@ class Watch(Callback):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, when another process ends a little earlier
         follows = isinstance(exception, RuntimeError) and self._told.wait(_AFTERMATH)
-        if not follows:
-            self._link.tell(own)
+        if not follows and self._link.tell(own):
             self._told.wait(_ENDING)
         _end_within(_ENDING + _LINGER, own.code)
         if isinstance(exception, Exception):  # else a person or the scheduler ends all of them anyway
