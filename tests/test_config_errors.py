@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from peftlight import cli
+from peftlight.config_errors.dropped import refuse_dropped
+from peftlight.errors import UserError
 
 BASE = """\
 seed_everything: 42
@@ -470,3 +472,14 @@ def test_memory_that_ends_is_answered_with_what_would_take_less() -> None:
     for part in ("CUDA has no memory left", "--data.batch_size", "--trainer.accumulate_grad_batches", "Quantize"):
         assert part in str(told)
     assert explained(RuntimeError("another"), ["fit"]) is None
+
+
+def test_a_key_that_holds_nothing_is_refused_where_no_class_has_it() -> None:
+    dropped = "{class_path: LoRA, init_args: {rank_pattern: {}, rnk: {}}}"
+    config = {"model": {"init_args": {"strategy": {"class_path": "BitFit", "init_args": {"biases": "all"}}}}}
+    with pytest.raises(UserError, match=r"LoRA has no 'rnk'\. Did you mean 'rank'"):
+        refuse_dropped(["fit", "--model.strategy", dropped, "--model.strategy", "BitFit"], config)
+    kept = dropped.replace(", rnk: {}", "")  # it was LoRA's, and went with it
+    refuse_dropped(["fit", "--model.strategy", kept, "--model.strategy", "BitFit"], config)
+    own = {"trainer": {"callbacks": [{"class_path": "mine.Own", "init_args": {"of_its_own": {}}}]}}
+    refuse_dropped(["fit", "--trainer.callbacks+=[{class_path: mine.Own, init_args: {of_its_own: {}}}]"], own)

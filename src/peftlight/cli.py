@@ -91,6 +91,8 @@ predict: write predictions for the rows of a file as JSONL; what is not given is
 Or, with a configuration alone:
 
 """
+_LONGEST = 2000
+"""Characters of a line of an error."""
 _WITHOUT_VALUE = {"-h", "--help", "--help-all"}
 
 
@@ -113,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if traceback:
             raise
-        shown = "\n".join(map(one_line, str(error).split("\n")))  # a file's text must not steer the terminal
+        lines = (one_line(line) for line in str(error).split("\n"))  # a file's text must not steer the terminal
+        shown = "\n".join(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..." for line in lines)
         print(f"peftlight: error: {shown}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -26,17 +25,19 @@ import peftlight.strategies  # noqa: F401  # so that LoRA and the others are fou
 from peftlight.callbacks import Checkpoints, FirstSteps, PredictionWriter, Progress, RunRecord, Stopping
 from peftlight.callbacks.metrics_file import MetricsFile
 from peftlight.checkpoint_files import AtomicCheckpoints
+from peftlight.config_errors.dropped import refuse_dropped
 from peftlight.config_errors.explain import explain
 from peftlight.config_errors.of_the_run import explained
 from peftlight.config_errors.trainer_limits import check_limits
 from peftlight.data import DataFamily
+from peftlight.environment import is_first_process
 from peftlight.errors import UserError
-from peftlight.processes.size import check_size, is_first_process
+from peftlight.processes.size import check_size
 from peftlight.resume.asked import take_out
 from peftlight.resume.beginning import Beginning
 from peftlight.run_folder import RunFolder, new_run_folder
 from peftlight.tasks import PEFTModule
-from peftlight.tasks.distribution import refuse_other_sharding
+from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.optimizer import DEFAULT_LEARNING_RATE
 from peftlight.tasks.precision import default_precision
 
@@ -54,7 +55,8 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         UserError: the configuration, the data or the model is not right.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    shows_help = any(word == "-h" or "help" in word or "print_config" in word for word in arguments)
+    set_parsing_settings(docstring_parse_attribute_docstrings=shows_help)  # it reads the source of every class
     _silence_remarks()
     beginning = Beginning(*take_out(arguments))
     before = sys.argv
@@ -123,10 +125,13 @@ class PeftlightCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """A run that goes on brings its configuration with it, and the command line lies over it."""
         self.config = parser.parse_args(self.beginning.arguments)
+        refuse_dropped(self.beginning.arguments, yaml.safe_load(self._as_yaml()))
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lays the checkpoint's hyperparameters over the command line here; the command line must win."""
         path = self.config.get(f"{self.config.subcommand}.ckpt_path")
+        if path == "":
+            raise UserError("ckpt_path is an empty text: name a checkpoint, or leave it out.")
         if path and (Path(path) / "adapter_config.json").is_file():
             raise UserError(
                 f"--ckpt_path {path} is the folder of an adapter. Give the run's checkpoint, checkpoints/last.ckpt "
@@ -155,7 +160,7 @@ class PeftlightCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer", default={})
         check_limits(self.beginning.arguments, config)
-        refuse_other_sharding(config.get("strategy"))
+        refuse_other_distribution(config.get("strategy"))
         folder = self._run_folder(config)
         self.model.initial = self.beginning.initial
         own, chosen = self._callbacks(folder, config), _as_list(config.get("callbacks"))
@@ -193,7 +198,7 @@ class PeftlightCLI(LightningCLI):
 
     def _run_folder(self, config: Any) -> Path:
         """That of the run that goes on, or a new one; the first process makes it, those that it starts are told."""
-        if not is_first_process(getattr(rank_zero_only, "rank", 0)):
+        if not is_first_process():
             return Path(os.environ.get(_RUN_FOLDER, "runs"))
         strategy = type(self.model.strategy).__name__
         root = Path(config.get("default_root_dir") or "runs")

@@ -228,8 +228,9 @@ def _check_hub_id(name: str) -> None:
     if not looks_local:
         return
     parent = Path(name).expanduser().parent
-    siblings = [path.name for path in parent.iterdir()] if parent.is_dir() else []
-    where = nearest(Path(name).name, siblings) or f" What is there in {parent}: {listed(siblings) or 'nothing'}."
+    siblings = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
+    there = f" What is there in {parent.resolve()}: {listed(siblings) or 'nothing'}."
+    where = nearest(Path(name).name, siblings) or there
     raise UserError(f"There is no model at {name}.{where}")
 
 

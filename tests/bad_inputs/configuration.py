@@ -54,6 +54,9 @@ FILES = [
     _over(
         "a tag of Python", "trainer: !!python/object/apply:os.system [ls]\n", "over.yaml:1", "!!os.system", "not read"
     ),
+    _over(
+        "a tag of another program", "trainer:\n  accelerator: !env HOME\n", "over.yaml:2", "!env", "the value itself"
+    ),
     _over("a placeholder", "data:\n  init_args:\n    batch_size: ${SIZE}\n", "over.yaml:3", "whole number", "${SIZE}"),
     row("a file that is not UTF-8", _OVER, "over.yaml:2", "not UTF-8", files={"over.yaml": b"trainer:\n  # \xe9\n"}),
     row("a binary file", "fit --config encoder/model.safetensors", "model.safetensors:1", "not UTF-8"),
@@ -61,6 +64,10 @@ FILES = [
 
 KEYS = [
     _over("a misspelt key", "modle: CausalLM\n", "over.yaml:1", "'modle'", "'model'"),
+    _over("a misspelt key that holds nothing", "modle: {}\n", "over.yaml:1", "'modle'", "'model'"),
+    _over("a misspelt key of a class that holds nothing", _of_strategy("init_args:\n        rnk: {}\n"), "'rank'"),
+    _over("a section of comments alone", "trainer:\n#  max_epochs: 3\n", "over.yaml:1", "'trainer' is empty"),
+    _over("an option of the command line in a file", "resume: trained\n", "over.yaml:1", "peftlight fit --resume"),
     _over("a misspelt key of the trainer", "trainer:\n  max_epoch: 3\n", "over.yaml:2", "'max_epoch'", "'max_epochs'"),
     _over("a misspelt field", _of_strategy("init_args:\n        rnk: 4\n"), "over.yaml:5", "no 'rnk'", "'rank'"),
     _over(
@@ -156,6 +163,7 @@ VALUES = [
     _over("a fraction", "data:\n  init_args:\n    batch_size: 8.5\n", "over.yaml:3", "a whole number", "'8.5'"),
     _over("a comma", "optimizer:\n  class_path: AdamW\n  init_args:\n    lr: 0,001\n", "over.yaml:4", "'0,001'"),
     _over("a list for a text", "data:\n  init_args:\n    source: [a.csv, b.csv]\n", "over.yaml:3", "must be text"),
+    _over("words that YAML reads as no text", "data:\n  init_args:\n    labels: [no, yes]\n", "In quotes it is text"),
     _over("nothing for a number", "data:\n  init_args:\n    batch_size:\n", "over.yaml:3", "whole number", "is empty"),
     _option("a learning rate below zero", "--optimizer.lr -0.1", "optimizer", "Invalid learning rate: -0.1"),
     _option("a learning rate in letters", "--optimizer.lr nan", "--optimizer.lr", "a number", "'nan'"),
@@ -186,6 +194,7 @@ VALUES = [
     _option("no device", "--trainer.devices 0", "--trainer.devices", "'0'"),
     _option("no such accelerator", "--trainer.accelerator gpuu", "--trainer.accelerator", "'gpuu'", "cuda"),
     _option("no such way to distribute", "--trainer.strategy dddp", "--trainer.strategy", "'dddp'", "'ddp'"),
+    _option("half a way to distribute", "--trainer.strategy fsd", "--trainer.strategy", "Did you mean 'fsdp2'?"),
     _option("a clip below zero", "--trainer.gradient_clip_val -1", "--trainer.gradient_clip_val", "at least 0", "-1"),
     _option("batches above one", "--trainer.limit_train_batches 1.5", "--trainer.limit_train_batches", "1.5"),
     _option("a batch of no row", "--data.batch_size 0", "--data.batch_size", "at least 1", "it is 0"),
@@ -194,6 +203,7 @@ VALUES = [
     _option("one label alone", "--data.labels '[good]'", "labels", "two different names", "['good']"),
     _option("no such bits", "--trainer.callbacks+=Quantize --trainer.callbacks.bits=3", "bits", "one of 4, 8", "'3'"),
     _option("a checkpoint that is not there", "--ckpt_path nowhere.ckpt", "nowhere.ckpt"),
+    _option("an empty name for a checkpoint", "--ckpt_path ''", "ckpt_path is an empty text"),
     _option("an adapter for a checkpoint", "--ckpt_path trained/adapter", "folder of an adapter"),
     _option("a configuration for a checkpoint", "--ckpt_path run.yaml", "run.yaml is no checkpoint"),
 ]

@@ -69,6 +69,14 @@ PROCESSES = [
     row("no such device", f"{_FIT} --trainer.accelerator cuda", "--trainer.accelerator", "CUDA", "There is cpu"),
     row("other processes than launched", f"{_FIT} --trainer.devices 4", "4", "2", environment=_LAUNCHED, alone=True),
     row("a rank that is no number", _FIT, "RANK is 'first'", "unset RANK", environment={"RANK": "first"}),
+    row(
+        "tasks of a job in all",
+        _FIT,
+        "4 tasks in all",
+        "--ntasks-per-node=4",
+        environment={"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"},
+        alone=True,
+    ),
     row("a number of processes that is none", _FIT, "WORLD_SIZE is 'two'", "unset", environment={"WORLD_SIZE": "two"}),
 ]
 
@@ -98,6 +106,8 @@ CHECKPOINTS = [
         make=_with_code,
     ),
     row("an adapter to resume", f"{_FIT} --resume trained/adapter", "folder of an adapter", "--init_adapter"),
+    row("an empty name of a run", f"{_FIT} --resume ''", "--resume is followed by an empty text"),
+    row("a change without its section", "fit --resume trained --allow_changes lr", "'optimizer.lr'"),
     row("no such run to resume", "fit --resume runs/yesterday", "runs/yesterday"),
 ]
 ROWS = [*PLACES, *PACKAGES, *PROCESSES, *NETWORK, *CHECKPOINTS]

@@ -3,6 +3,7 @@
 import builtins
 import json
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from peftlight import load_adapter
 from peftlight.callbacks import RunRecord
 from peftlight.console import say
 from peftlight.interop import read_record
+from peftlight.resume.past import Past
 from peftlight.strategies import LoRA
 from peftlight.tasks import SequenceClassification
 from tasks.small import QUIET, Rows, batches, class_rows, constant, loader, padded, quiet_trainer
@@ -115,6 +117,34 @@ def test_a_failure_is_recorded_with_its_error_and_traceback(folder: Path) -> Non
     assert "Traceback" in log
     assert "on_train_batch_start" in log
     assert not (folder / "adapter").exists()
+
+
+def test_a_full_disk_hides_no_other_failure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(Callback):
+        def on_train_batch_start(self, *rest: Any) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+
+    callbacks = [RunRecord(folder, CONFIG, ["fit"], seed=7), Full(), Failing(RuntimeError("out of luck"))]
+    try:
+        with pytest.raises(RuntimeError, match="out of luck"):
+            quiet_trainer(folder.parent, callbacks).fit(module(), loader(batches(ROWS, 2)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr()
+    assert "No room left to write" in said.out
+    assert "Logging error" not in said.err
+    assert run_json(folder)["state"] == "running"
+
+
+def test_a_record_that_is_no_json_is_begun_anew(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "run.json").touch()
+    past = Past(folder / "checkpoints" / "last.ckpt", folder, step=0)
+    record = RunRecord(folder, CONFIG, ["fit"], seed=7, past=past)
+    quiet_trainer(folder.parent, [record]).fit(module(), loader(batches(ROWS, 2)))
+    assert run_json(folder)["state"] == "finished"
 
 
 def test_an_interruption_is_recorded_as_one(folder: Path) -> None:

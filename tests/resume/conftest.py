@@ -22,7 +22,12 @@ from peftlight.strategies import LoRA
 
 @dataclass
 class MyLoRA(LoRA):
-    pass
+    def uses(self, hook):
+        return hook == "prepare" or super().uses(hook)
+
+    def prepare(self, adapter, material):
+        with open("prepared", "a") as file:
+            print(len(list(material.batches())), file=file)
 
 
 class KilledOnce(Callback):

@@ -108,6 +108,23 @@ def test_another_base_is_refused(killed: Path, encoder: Path) -> None:
     assert code == 0, said
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--model.strategy.rank=4", "has shape (2, 32) in the checkpoint, (4, 32) in the model"),
+        ("--model.strategy.lora_plus_ratio=16", "other groups of parameters here than in the run"),
+    ],
+)
+def test_a_change_that_does_not_fit_leaves_the_run_as_it_was(given: str, told: str, killed: Path) -> None:
+    run, name = only_run(killed), given.strip("-").partition("=")[0]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    code, said = forked.peftlight(["fit", "--resume", run, given, "--allow_changes", name], killed)
+    assert (code, told in said) == (2, True), said
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {path.name for path in after if after[path] != before.get(path)} == {"log.txt"}
+    assert after.keys() == before.keys()
+
+
 def test_what_need_not_be_allowed_is_refused(killed: Path) -> None:
     for name in ("data", "base", "code"):
         code, said = forked.peftlight(["fit", "--resume", only_run(killed), "--allow_changes", name], killed)

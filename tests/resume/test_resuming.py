@@ -33,19 +33,24 @@ def test_a_killed_run_goes_on_in_its_folder_as_if_nothing_had_been(how: str, kil
     run = only_run(killed)
     before = run_json(run)
     assert before["state"] == "running"
+    (run / "checkpoints" / "torn.ckpt").write_bytes(b"PK")
     given = {"folder": [f"--resume={run}"], "checkpoint": ["--resume", run / "checkpoints" / "last.ckpt"],
              "configuration": ["--resume", "--config", "run.yaml"]}  # fmt: skip
     code, said = forked.peftlight(["fit", *given[how]], killed)
     assert code == 0, said
     assert_same(only_run(killed), only_run(undisturbed))
     assert "resumed at step 7 from" in said
+    assert len((killed / "prepared").read_text().splitlines()) == 1, "the strategy looked at the data once more"
     now = run_json(run)
     assert (now["state"], now["steps"], now["started"]) == ("finished", 12, before["started"])
     assert now["command"] == ["fit", "--config", "run.yaml"]
     (resumed,) = now["resumed"]
     assert (resumed["step"], Path(resumed["from"]).name) == (7, "last.ckpt")
     assert "config_before" not in resumed
-    assert (run / "log.txt").read_text().count("12 optimizer steps") == 2
+    log = (run / "log.txt").read_text()
+    assert log.count("12 optimizer steps") == 2
+    for told in (said, log):
+        assert told.count("torn.ckpt is no checkpoint, or is damaged. Used instead: ") == (how != "checkpoint")
 
 
 def test_a_finished_run_is_told_as_such(finished: Path) -> None:
@@ -95,13 +100,14 @@ def test_without_its_adapter_a_run_that_was_over_gets_it(finished: Path, undistu
     assert code == 0, said
     assert_same(run, only_run(undisturbed))
     assert run_json(run)["metrics"]["val_loss"] == run_json(only_run(undisturbed))["metrics"]["val_loss"]
+    assert run_json(run)["audit"] == run_json(only_run(undisturbed))["audit"]
 
 
 def test_the_runs_are_listed_where_none_is_of_this_configuration(killed: Path) -> None:
     code, said = forked.peftlight(["fit", "--resume", "--config", "run.yaml", "--optimizer.lr", "0.5"], killed)
     assert code == 2
     assert "no run of this configuration in runs to resume" in said
-    assert "running: optimizer.lr is 0.01 there, 0.5 here" in said
+    assert "running or killed: optimizer.lr is 0.01 there, 0.5 here" in said
     code, said = forked.peftlight(["fit", "--resume", "--config=run.yaml", "--trainer.default_root_dir=other"], killed)
     assert code == 2
     assert "no run of this configuration in other" in said

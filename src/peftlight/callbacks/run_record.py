@@ -24,7 +24,7 @@ from peftlight.handover.model_card import write_card
 from peftlight.interop import save_adapter
 from peftlight.quantization import held
 from peftlight.report import rows_of, table_of
-from peftlight.resume.past import Past
+from peftlight.resume.past import Past, read_run
 from peftlight.resume.recorded import KEY, Recorded, facts_of, versions
 from peftlight.shards import is_sharded
 from peftlight.signals import Stopped, StoppedTogether
@@ -78,7 +78,8 @@ class RunRecord(Callback):
         self._log = write_log_to(self.folder / "log.txt")
         if self.past is not None:
             self._continue(self.past)
-        write_text(self.folder / "config.yaml", self.config)
+        if not self._untouched:
+            write_text(self.folder / "config.yaml", self.config)
         datamodule = getattr(trainer, "datamodule", None)
         self.record |= {
             "versions": versions(),
@@ -111,7 +112,8 @@ class RunRecord(Callback):
             self._write("running")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.began, self._training_since = True, time.monotonic()
+        self._training_since = time.monotonic()
+        self._begin(trainer)
         if self.past is not None and "metrics" in self.past.facts:
             go_on(trainer, self.past.facts["metrics"])
 
@@ -151,15 +153,28 @@ class RunRecord(Callback):
             return
         assert pl_module.adapter is not None
         verdict = pl_module.audit()
-        if trainer.is_global_zero:
-            say(str(verdict))
-        self.record["audit"] = {**_plain(verdict), "trained": [_plain(tensor) for tensor in verdict.trained]}
+        if self.past is None or trainer.global_step > self.past.step:  # without a step nothing could move
+            if trainer.is_global_zero:
+                say(str(verdict))
+            self.record["audit"] = {**_plain(verdict), "trained": [_plain(tensor) for tensor in verdict.trained]}
         self._save(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A training that was over and ended before its adapter was saved has no step to do when it is resumed."""
         if self.past is not None and not self.began and isinstance(pl_module, PEFTModule):
+            self._begin(trainer)
             self._save(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer) -> None:
+        self.began = True
+        if trainer.is_global_zero:
+            write_text(self.folder / "config.yaml", self.config)
+            self._write("running")
+
+    @property
+    def _untouched(self) -> bool:
+        """Whether a run is to go on here that has not yet: should it be refused, it stays as it was."""
+        return not self.began and self.past is not None and self.past.folder == self.folder
 
     def _save(self, trainer: Trainer, module: PEFTModule) -> None:
         assert module.adapter is not None
@@ -195,8 +210,11 @@ class RunRecord(Callback):
             self.record["error"] = f"{type(exception).__name__}: {exception}"
             cause = (type(exception), exception, exception.__traceback__)
             self._log.handle(logging.LogRecord("peftlight", logging.ERROR, "", 0, "the run failed", None, cause))
-        self._write(state)  # first: what comes next may wait for a device that does not answer
-        self._finish(trainer, state, self._values(trainer) if together else self._seen)
+        try:
+            self._write(state)  # first: what comes next may wait for a device that does not answer
+            self._finish(trainer, state, self._values(trainer) if together else self._seen)
+        except (UserError, OSError) as error:  # a disk on which nothing can be written hides no other failure
+            say(str(error))
 
     def _continue(self, past: Past) -> None:
         """Say in the record where the run goes on; what was recorded before in this folder stays."""
@@ -209,11 +227,13 @@ class RunRecord(Callback):
             resumed["allowed"] = self.allowed
         if past.folder == self.folder:
             clear_unfinished(self.folder)
-            before = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            before = read_run(self.folder)
             for outdated in ("error", "state"):
                 before.pop(outdated, None)
             self.record |= before
         self.record["resumed"] = [*self.record.get("resumed", []), resumed]
+        for remark in past.passed_over:
+            say(remark)
         say(f"resumed at step {past.step} from {past.checkpoint}")
 
     def note(self, **facts: Any) -> None:
@@ -228,7 +248,7 @@ class RunRecord(Callback):
         self.record |= {"seconds": round(time.time() - self._started, 1), "metrics": values}
         self.record["steps"] = trainer.global_step
         self._write("running" if state == "finished" else state)  # it is finished once all its files are there
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not self._untouched:
             self._describe()
         self._write(state)
         if self.began:
@@ -247,6 +267,8 @@ class RunRecord(Callback):
             say(str(error))
 
     def _write(self, state: str) -> None:
+        if self._untouched:
+            return
         write_text(self.folder / "run.json", json.dumps({"state": state, **self.record}, indent=2) + "\n")
 
 

@@ -52,7 +52,8 @@ def wrong_kind(problem: Problem) -> str:
     name, wanted = problem.words
     known = problem.places.known(problem.path)
     at = problem.at(problem.path, name)
-    return f"{at} {name} is not a {wanted}." + (f"\n  Known: {listed(sorted(known), 24)}." if known else "")
+    meant = near(name.rpartition(".")[2], known)
+    return f"{at} {name} is not a {wanted}.{meant}" + (f"\n  Known: {listed(sorted(known), 24)}." if known else "")
 
 
 def ambiguous(problem: Problem) -> str:

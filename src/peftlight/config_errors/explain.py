@@ -17,6 +17,7 @@ _KEY = r'Parser key "([^"]+)"'
 _KIND = r"Problem with given class_path '([^']+)'"
 _SENTENCES: dict[str, Callable[[Problem], str]] = {
     r"Option '(.+)' is not accepted|does not accept option '(.+)'": sentences.unknown_key,
+    r"Unexpected config: (\w+):$": sentences.unknown_key,
     r"unrecognized arguments: (.*)": sentences.unknown_flag,
     r"the following arguments are required: (.*)": sentences.missing,
     rf"{_KIND}:\s+(?:No module named '([^']+)'|.* has no attribute '([^']+)')": class_sentences.no_such_class,

@@ -68,8 +68,17 @@ def read_given(arguments: Sequence[str]) -> list[Given]:
             raise UserError(f"{one.where}: {one.path[-1]} is a key of the top level: here it would have no effect.")
         if one.path == ("model", "base_model"):
             _check_base(one)
+    _check_sections(given)
     _check_callbacks(given)
     return given
+
+
+def _check_sections(given: Sequence[Given]) -> None:
+    """One whose lines are all comments is null, which takes away what an earlier file gave and no class expects."""
+    last = {one.path[:1]: one for one in given}
+    for one in (last[path] for key in _HOLD_CLASSES if (path := (key,)) in last):
+        if len(one.path) == 1 and one.value in _NOTHING:
+            raise UserError(f"{one.where}: '{one.path[0]}' is empty. Give it keys, or leave it out.")
 
 
 def _check_base(one: Given) -> None:
@@ -154,13 +163,15 @@ def _flags(arguments: Sequence[str]) -> Iterator[Given]:
 def _flag(flag: str, value: str | None) -> Iterator[Given]:
     node = yaml_lines.inline(value) if value else None
     if flag in ("--config", "-c"):
+        if value == "":
+            raise UserError(f"{flag} is followed by an empty text; expected the name of a YAML file.")
         if value and node is None:
             yield from _file(value, (), ())
         elif node is not None:
             yield from _walk(node, (), (), flag, "")
         return
     level = tuple(flag.lstrip("-").rstrip("+").split("."))
-    path = plain(level)
+    path = plain(level) or level
     yield Given(path, value, flag, level, adds=flag.endswith("+"))
     if node is not None:
         yield from _walk(node, path, level, flag, "")

@@ -14,9 +14,11 @@ from peftlight.config_errors.places import CLASS_KEYS, Places, bases, parameters
 from peftlight.config_errors.problem import Problem, dotted, near
 from peftlight.config_errors.type_words import choices, described, is_union, item
 from peftlight.errors import listed
+from peftlight.tasks.distribution import refused_kind
 
 _OF_FIT = ("resume", "init_adapter", "allow_changes")
 """Options of the command line alone."""
+_BOOLS = ("True", "False")
 
 # ---- keys
 
@@ -126,6 +128,8 @@ def _not_taken(problem: Problem, where: str, place: Path, key: str, flag: bool) 
 def _hint(problem: Problem, place: Path, key: str, flag: bool) -> str:
     if not place and key == problem.places.command:
         return f" A file serves every command: leave out the level '{key}'."
+    if not place and key in _OF_FIT and not (flag and problem.places.command == "fit"):
+        return f" It is an option of the command line: peftlight fit --{key} ..."
     here = near(key, [*problem.options(place), *_options_of_fit(problem, place, flag)])
     elsewhere = problem.places.holding(key)
     if not elsewhere and not here:
@@ -173,15 +177,17 @@ def wrong_type(problem: Problem) -> str:
     found = find(problem.given, path, problem.value)
     value = found.value if found and found.value is not None else problem.value
     shown = f", not '{value[:80]}'" if value is not None else ""
-    meant = near(str(value), choices(annotation))
-    return f"{problem.at(path, problem.value)} must be {described(annotation)}{shown}.{meant}{problem.help(path[:-1])}"
+    words, meant = described(annotation), near(str(value), choices(annotation))
+    if value and words.startswith("text") and value[0] not in "[{":
+        meant = f" In quotes it is text{', as words such as yes, no, on and off are' if value in _BOOLS else ''}."
+    return f"{problem.at(path, problem.value)} must be {words}{shown}.{meant}{problem.help(path[:-1])}"
 
 
 def unknown_to_trainer(problem: Problem) -> str:
     """A name of an accelerator or of a way to distribute that Lightning does not have."""
     option, name = problem.words
     registry = {"accelerator": AcceleratorRegistry, "strategy": StrategyRegistry}[option]
-    known: list[str] = sorted(["auto", *registry], key=len)
+    known = sorted(["auto", *(one for one in registry if not refused_kind(one))], key=len)
     at = problem.at(("trainer", option), name)
     return f"{at} there is no {option} '{name}'.{near(name, known)}\n  Known: {listed(known, 8)}."
 

@@ -14,6 +14,7 @@ _DEEPEST = 50
 """Lists and keys within each other; a real configuration has ten. The parser in C crashes where there are many."""
 _MOST_NODES = 100_000
 """With every alias written out; a real configuration has a hundredth of it."""
+_OF_TEXT = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 _PLAINER = {
     "did not find expected key": "its indentation does not fit the lines above",
     "expected <block end>": "its indentation does not fit the lines above",
@@ -41,6 +42,9 @@ def load(name: str) -> yaml.MappingNode:
         raise UserError(
             f"{name}:{line(node)}: the file is {kind}. It should hold keys such as model, data and trainer."
         )
+    for key in (key for key, _ in node.value if key.tag not in _OF_TEXT):
+        shown = key.value if isinstance(key, yaml.ScalarNode) else "a list"
+        raise UserError(f"{name}:{line(key)}: YAML does not read {shown} as text; keys are model, data and trainer.")
     _refuse_endless(name, node, {})
     _refuse_twice(name, node, set())
     return node
@@ -120,6 +124,8 @@ def _refuse_odd(name: str, text: str) -> None:
         if tag.startswith("tag:yaml.org,2002:python"):
             raise UserError(f"{where}: the tag !!{tag.rpartition(':')[2]} asks for an object of Python, and is not "
                             "read. A class is named by class_path.")  # fmt: skip
+        if tag.startswith("!"):
+            raise UserError(f"{where}: the tag {tag} means nothing here. Write the value itself.")
 
 
 def _refuse_endless(name: str, node: yaml.Node, counts: dict[int, int]) -> int:

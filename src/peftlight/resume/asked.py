@@ -67,6 +67,9 @@ def _asked(found: dict[str, list[str]]) -> Asked:
     ):
         if name in found and not value:
             raise UserError(f"--{name} needs {wanted}.")
+    if found.get(_RESUME) == [""]:
+        raise UserError("--resume is followed by an empty text: name the run, or leave the text out for the newest of "
+                        "--config FILE.")  # fmt: skip
     if _RESUME in found and _INIT in found:
         raise UserError("--resume continues a run, --init_adapter begins a new one from an adapter: give one of them.")
     resume = "".join(found[_RESUME]) if _RESUME in found else None

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_only
 
 from peftlight.config_errors.given import find, read_given
 from peftlight.console import say
+from peftlight.environment import is_first_process
 from peftlight.errors import UserError, listed
 from peftlight.resume.asked import Asked
 from peftlight.resume.changes import Change, allowed_among, differences, refuse
@@ -57,7 +57,7 @@ class Beginning:
         if not asked.resume and not has_config:
             raise UserError("--resume alone goes on with the newest run of a configuration: give it, --config FILE; "
                             "or name the run: --resume RUN")  # fmt: skip
-        told = os.environ.get(_CHECKPOINT) if _is_started() else None
+        told = None if is_first_process() else os.environ.get(_CHECKPOINT)
         if told or asked.resume:
             self.past = open_past(told or asked.resume)
             if not has_config:
@@ -139,8 +139,3 @@ def _begun_from(checkpoint: str) -> Past:
         raise UserError(f"--ckpt_path {checkpoint} names no file, and a new run has no checkpoints yet. To go on with "
                         "a run: --resume RUN")  # fmt: skip
     return dataclasses.replace(open_past(checkpoint), folder=None)
-
-
-def _is_started() -> bool:
-    """Whether another process started this one."""
-    return getattr(rank_zero_only, "rank", 0) != 0

@@ -133,7 +133,10 @@ def allowed_among(
             continue
         keys = {section for key in _flat(known) for section in _sections(plain_name(key))} | set(FACTS)
         if name not in keys:
-            raise UserError(f"--allow_changes {name}: there is no such key.{nearest(name, keys, 2)}")
+            same = sorted(key for key in keys if key.endswith(f".{name}"))
+            meant = f" Did you mean {' or '.join(map(repr, same[:2]))}?" if same else nearest(name, keys, 2)
+            raise UserError(f"--allow_changes {name}: there is no such key.{meant} Leave it out, and all that differs "
+                            "is told by its name.")  # fmt: skip
         raise UserError(f"--allow_changes {name} is not needed: it is as it was in the run. Leave it out.")
     return [change for change in changes if allows(allowed, change)]
 

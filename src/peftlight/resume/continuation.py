@@ -36,10 +36,13 @@ class Continuation(Callback):
         self.past, self.changes, self.allowed, self.config = past, changes, {*allowed, *before}, config
         self._asked = set(allowed)
         self._groups: list[dict[str, Any]] = []
+        self._sizes: list[int] = []
+        self._options = {option for change in changes for option in _of_optimizer(change)}
         self._anew = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, PEFTModule)
+        pl_module.goes_on = True
         more = {"processes"} if any(change.key.startswith(OF_PROCESSES) for change in self.changes) else set()
         pl_module.allow_changes = self.allowed | more | {change.key for change in self.changes}
         facts, precision = self.past.facts, str(trainer.precision)
@@ -61,9 +64,13 @@ class Continuation(Callback):
                  if was_versions[name] != here.get(name)]  # fmt: skip
         if other:
             rank_zero_warn(f"Since the checkpoint these have changed, so numbers may differ: {listed(other)}.")
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if self._sizes and self._sizes != [len(group["params"]) for group in groups]:
+            told = listed(self.changes) or "the code is another"
+            raise UserError("The optimizer has other groups of parameters here than in the run, so that its state does "
+                            f"not fit them: {told}. Leave the change out, or begin a new run.")  # fmt: skip
         # What the checkpoint will write over.
-        self._groups = [{key: value for key, value in group.items() if key != "params"}
-                        for optimizer in trainer.optimizers for group in optimizer.param_groups]  # fmt: skip
+        self._groups = [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
     def _hold(self, *facts: tuple[str, str | None, str | None]) -> None:
         """Refuse the facts (name, recorded, here) that are not the recorded ones, unless they are allowed."""
@@ -84,12 +91,18 @@ class Continuation(Callback):
         keys = [change.key for change in self.changes]
         if "optimizer" in keys:
             checkpoint["optimizer_states"] = []
+        self._sizes = [
+            len(group["params"]) for state in checkpoint["optimizer_states"] for group in state["param_groups"]
+        ]
         follows_loss = any("num_bad_epochs" in state for state in checkpoint.get("lr_schedulers", []))
         # A schedule that is planned has no past: it is that of the new configuration from its first step on.
-        named = any(key in ("optimizer", "optimizer.lr") or key.startswith("lr_scheduler") for key in keys)
+        named = "lr" in self._options or any(key == "optimizer" or key.startswith("lr_scheduler") for key in keys)
         self._anew = named or bool(keys and not follows_loss)
         if self._anew:
             checkpoint["lr_schedulers"] = []
+        for stopping in trainer.early_stopping_callbacks:  # its state in a checkpoint holds one of its options
+            if state := checkpoint.get("callbacks", {}).get(stopping.state_key):
+                state["patience"] = stopping.patience
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the optimizer its changed options, and the schedule the place it would have come to by this step."""
@@ -98,9 +111,8 @@ class Continuation(Callback):
         if not self.changes:
             return
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        renewed = {change.key.removeprefix("optimizer.") for change in self.changes}
         for group, fresh in zip(groups, self._groups, strict=True):
-            group.update({key: value for key, value in fresh.items() if key in renewed})
+            group.update({key: value for key, value in fresh.items() if key in self._options})
             group.update({key: fresh[key] for key in ("lr", "initial_lr") if self._anew and key in fresh})
         for config in trainer.lr_scheduler_configs if self._anew else ():
             if not isinstance(config.scheduler, ReduceLROnPlateau):
@@ -116,6 +128,12 @@ _DIFFERENT = {
     "code": "The code of {now} is not the one that the run trained with.",
     "base": "The base is not the one that the run trained on: they differ in {now}.",
 }  # fmt: skip
+
+
+def _of_optimizer(change: Change) -> set[str]:
+    """The options of the optimizer that it changes; those which no signature has come as one value."""
+    name = change.key.removeprefix("optimizer.")
+    return {*(change.was or ()), *(change.now or ())} if name == "dict_kwargs" else {name}
 
 
 def _advance(scheduler: Any, steps: int) -> None:

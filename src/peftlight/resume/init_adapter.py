@@ -71,9 +71,7 @@ class InitialAdapter:
         try:
             adapter.load_state(self._state, self.name)
         except UserError as error:
-            lines = str(error).splitlines()
-            more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-            raise UserError("\n".join([*lines[:_SHOWN], *more]) + self._advice()) from None
+            raise UserError(f"{error}{self._advice()}") from None
         now = _settings(adapter)
         other = [f"{key} is {value} there, {now[key]} here" for key, value in self._settings.items()
                  if key in now and now[key] != value]  # fmt: skip

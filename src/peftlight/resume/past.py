@@ -32,6 +32,8 @@ class Past:
     """Optimizer steps that were done."""
     facts: Recorded = field(default_factory=Recorded)
     done: Done = field(default_factory=Done)
+    passed_over: Sequence[str] = ()
+    """What is to be said of newer checkpoints that are of no use."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -65,24 +67,31 @@ class Past:
 def open_past(name: str) -> Past:
     """The run of a folder at its newest whole checkpoint, or of a checkpoint's file.
 
+    Lightning reads the file once more when the model is there: the tensors are not held until then.
+
     Raises:
         UserError: there is no such run, it has no checkpoint, or the checkpoint is damaged.
     """
     path = Path(name)
     if path.is_dir():
-        path = newest_whole(_checkpoints(path))
-    elif not path.exists():
+        return _at(*newest_whole(_checkpoints(path)))
+    if not path.exists():
         around = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"There is no run and no checkpoint {name}.{nearest(path.name, around, 2)}")
     content = read_checkpoint(path)
     if "optimizer_states" not in content:
         raise UserError(f"{path} holds weights alone, so a training cannot go on from it: it was saved with "
                         "save_weights_only, or by another program.")  # fmt: skip
+    return _at(path, content)
+
+
+def _at(path: Path, content: Mapping[str, Any], passed_over: Sequence[str] = ()) -> Past:
+    """The run at a checkpoint with this content."""
     folder = path.resolve().parent.parent
     ours = path.resolve().parent.name == CHECKPOINTS and (folder / RUN).is_file()
     shown_folder = path.parent.parent if path.parent.name == CHECKPOINTS else folder
     return Past(path, shown_folder if ours else None, int(content.get("global_step", 0)), read_recorded(content, path),
-                done_in(content))  # fmt: skip
+                done_in(content), passed_over)  # fmt: skip
 
 
 def _checkpoints(folder: Path) -> Path:
@@ -160,11 +169,16 @@ def newest_unfinished(root: Path, config: Mapping[str, Any], allowed: Sequence[s
         past = open_past(str(same[0][0]))
         raise UserError(f"There is no unfinished run of this configuration in {root}. "
                         f"{_over(past, same[0][1], reached(past.done, config), config)}")  # fmt: skip
-    each = [f"  {folder}, {run.get('state')}: {differ[folder]}" for folder, run in runs[:_SHOWN]]
+    each = [f"  {folder}, {_shown_state(run)}: {differ[folder]}" for folder, run in runs[:_SHOWN]]
     more = [f"  and {len(runs) - _SHOWN} older ones"] if len(runs) > _SHOWN else []
     there = "\n".join([" What is there:", *each, *more]) if runs else ""
     raise UserError(f"There is no run of this configuration in {root} to resume.{there}\n"
                     "  To start one, leave out --resume; to resume another, name it: --resume RUN")  # fmt: skip
+
+
+def _shown_state(run: Mapping[str, Any]) -> str:
+    state = str(run.get("state"))
+    return "running or killed" if state == "running" else state  # who is killed can write no other
 
 
 def _runs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

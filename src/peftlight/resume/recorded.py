@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict, get_type_hints
+from typing import Any, TypedDict
 
 import yaml
 from lightning.pytorch import Trainer
@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from peftlight.errors import UserError
 from peftlight.interop.base_hash import fingerprint
 from peftlight.tasks import PEFTModule
-from peftlight.typed import fits, kind_of
+from peftlight.typed import misfit
 
 KEY = "run"
 """Where it stands in a checkpoint."""
@@ -112,7 +112,6 @@ def read_recorded(checkpoint: Mapping[str, Any], where: object) -> Recorded:
     found = checkpoint.get(KEY) or {}
     if not isinstance(found, dict):
         raise UserError(f"{where}: '{KEY}' is a {type(found).__name__}; expected keys and their values.")
-    for name, hint in get_type_hints(Recorded).items():
-        if name in found and not fits(found[name], hint):
-            raise UserError(f"{where}: {KEY}.{name} is not {kind_of(hint)}; the checkpoint was damaged.")
+    if wrong := misfit(found, Recorded):
+        raise UserError(f"{where}: {KEY}.{wrong[0]} is not {wrong[1]}; the checkpoint was damaged.")
     return found  # type: ignore[return-value]
