@@ -13,7 +13,7 @@ from peftlight.callbacks import Progress
 from peftlight.callbacks import progress as progress_module
 from peftlight.strategies import LoRA
 from peftlight.tasks import SequenceClassification
-from tasks.small import QUIET, Rows, batches, class_rows, constant, quiet_trainer
+from tasks.small import QUIET, Rows, Watch, batches, class_rows, constant, quiet_trainer
 
 pytestmark = QUIET
 
@@ -112,6 +112,20 @@ def test_tokens_per_second_counts_what_is_not_padding(tmp_path: Path, monkeypatc
     quiet_trainer(tmp_path, [Speeds()], accumulate_grad_batches=2).fit(module(), Rows(batches(ROWS, 2)))
     assert speeds[-1] == 3 + 6
     assert 5 + 9 + 4 + 12 in speeds
+
+
+def test_tokens_per_second_leaves_the_time_of_a_validation_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of one within an epoch."""
+    ticks, watch = itertools.count(), Watch()
+    clock = type("", (), {"monotonic": staticmethod(lambda: next(ticks))})
+    monkeypatch.setattr("peftlight.tasks.token_rate.time", clock)
+
+    class Slowly(Callback):
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            assert len([next(ticks) for _ in range(1000)]) == 1000
+
+    quiet_trainer(tmp_path, [Slowly(), watch], val_check_interval=1).fit(module(), Rows(batches(ROWS, 2)))
+    assert min(logged["tokens_per_second"] for logged in watch.logged[1:]) >= 3
 
 
 def test_on_a_terminal_a_bar_takes_the_place_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:

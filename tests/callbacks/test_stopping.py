@@ -67,17 +67,17 @@ def test_a_signal_ends_a_training_after_the_step_with_a_checkpoint_and_its_own_e
     tmp_path: Path, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = [signal.getsignal(each) for each in HEARD]
-    whole = fit(tmp_path / "whole")
+    whole, run = fit(tmp_path / "whole"), tmp_path / "my run"
     with pytest.raises(Stopped) as stopped:
-        fit(tmp_path, At(3, raised(number)))
+        fit(run, At(3, raised(number)))
     assert stopped.value.code == 128 + number
     assert [signal.getsignal(each) for each in HEARD] == before
     name = signal.Signals(number).name
     told = capfd.readouterr()
-    assert f"ended by {name} at step 4; the checkpoint is {tmp_path}/checkpoints/last.ckpt" in told.out
-    assert f"to go on: peftlight fit --resume {tmp_path}\n" in told.out
+    assert f"ended by {name} at step 4; the checkpoint is {run}/checkpoints/last.ckpt" in told.out
+    assert f"to go on: peftlight fit --resume '{run}'\n" in told.out
     assert told.err.count(f"{name}: saving a checkpoint and ending") == 1
-    assert_goes_on(tmp_path, whole)
+    assert_goes_on(run, whole)
 
 
 def test_within_a_window_of_micro_batches_the_optimizer_step_is_awaited(tmp_path: Path) -> None:
@@ -88,11 +88,12 @@ def test_within_a_window_of_micro_batches_the_optimizer_step_is_awaited(tmp_path
 
 
 @pytest.mark.parametrize("data", [None, lambda: Theirs()], ids=["ours", "theirs"])
-def test_a_validation_is_broken_off_and_repeated_as_a_whole(tmp_path: Path, data: Any) -> None:
+def test_a_validation_is_broken_off_and_repeated_as_a_whole_however_often(tmp_path: Path, data: Any) -> None:
     options = {} if data is None else {"data": data}
     whole = fit(tmp_path / "whole", **options)
-    with pytest.raises(Stopped):
-        fit(tmp_path, At(5, raised(signal.SIGTERM), validation=True), **options)
+    for resumed in (None, tmp_path / "checkpoints" / "last.ckpt"):
+        with pytest.raises(Stopped):
+            fit(tmp_path, At(5, raised(signal.SIGTERM), validation=True), resumed=resumed, **options)
     assert_goes_on(tmp_path, whole, **options)
 
 
@@ -127,29 +128,39 @@ def test_without_checkpoints_it_ends_without_one(tmp_path: Path, capsys: pytest.
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def an_hour_passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """What lets Lightning's clock go on by an hour."""
+    passed: list[None] = []
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * len(passed))
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", clock)
+    return lambda: passed.append(None)
+
+
 def test_a_time_limit_ends_the_fit_without_an_error_and_a_longer_one_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], an_hour_passes: Callable[[], None]
 ) -> None:
     whole = fit(tmp_path / "whole")
-    wait = At(3, lambda: time.sleep(2.1))
-    fit(tmp_path, wait, max_time={"seconds": 2})
+    fit(tmp_path, At(3, an_hour_passes), max_time={"hours": 1})
     told = capsys.readouterr().out
     assert "ended by its time limit at step 4" in told
     assert f"--resume {tmp_path} --trainer.max_time LONGER" in told
     found = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert (found["global_step"], found["epoch"]) == (4, 0)
-    assert_goes_on(tmp_path, whole, max_time={"hours": 1})
+    assert_goes_on(tmp_path, whole, max_time={"hours": 2})
 
 
-def test_a_limit_that_is_over_trains_nothing_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit(tmp_path, At(3, lambda: time.sleep(2.1)), max_time={"seconds": 2})
-    again = fit(tmp_path, resumed=tmp_path / "checkpoints" / "last.ckpt", max_time={"seconds": 2})
+def test_a_limit_that_is_over_trains_nothing_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], an_hour_passes: Callable[[], None]
+) -> None:
+    fit(tmp_path, At(3, an_hour_passes), max_time={"hours": 1})
+    again = fit(tmp_path, resumed=tmp_path / "checkpoints" / "last.ckpt", max_time={"hours": 1})
     assert again.events == []
     assert "the time limit counts the whole training, and is over" in capsys.readouterr().out
 
 
-def test_a_timer_that_looks_at_the_end_of_epochs_ends_there(tmp_path: Path) -> None:
-    fit(tmp_path, Timer({"seconds": 1}, interval="epoch"), At(3, lambda: time.sleep(1.1)))
+def test_a_timer_that_looks_at_the_end_of_epochs_ends_there(tmp_path: Path, an_hour_passes: Callable[[], None]) -> None:
+    fit(tmp_path, Timer({"hours": 1}, interval="epoch"), At(3, an_hour_passes))
     assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 5
 
 
@@ -173,7 +184,7 @@ def test_the_command_ends_interrupted_and_is_resumed_to_the_same_bytes(tmp_path:
     wait_for(folder / "held0")
     os.kill(process.pid or 0, signal.SIGTERM)
     (folder / "go").touch()
-    process.join(60)
+    forked.join(process)
     said = (folder / "out.txt").read_text()
     assert process.exitcode == 128 + signal.SIGTERM, said
     assert "peftlight: ended by SIGTERM" in said
@@ -197,7 +208,7 @@ def test_before_the_training_it_ends_at_once_and_leaves_nothing(tmp_path: Path, 
     process = forked.start(command(tmp_path, encoder, "setup"), tmp_path)
     wait_for(tmp_path / "held0")
     os.kill(process.pid or 0, number)
-    process.join(20)
+    forked.join(process)
     assert process.exitcode == 128 + number, (tmp_path / "out.txt").read_text()
     assert not list((tmp_path / "runs").iterdir())
     assert not list(tmp_path.rglob("*.tmp"))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from models import make
@@ -80,9 +81,17 @@ def test_a_validation_batch_without_labels_counts_for_nothing(tmp_path: Path) ->
     assert beside == pytest.approx(alone)
 
 
+class BrokenOff(Callback):
+    def on_validation_batch_end(self, *args: object) -> None:
+        raise RuntimeError("broken off")
+
+
 def test_metrics_start_afresh_in_each_validation(tmp_path: Path) -> None:
     rows, module, trainer = class_rows(LENGTHS, [0, 1, 2, 1, 2, 0, 0, 1, 2, 2]), classifier(3), quiet_trainer(tmp_path)
     first = trainer.validate(module, loader(uneven(rows)), verbose=False)
+    assert trainer.validate(module, loader(uneven(rows)), verbose=False) == first
+    with pytest.raises(RuntimeError, match="broken off"):
+        quiet_trainer(tmp_path, [BrokenOff()]).validate(module, loader(uneven(rows)), verbose=False)
     assert trainer.validate(module, loader(uneven(rows)), verbose=False) == first
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -13,7 +14,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 
-from peftlight import random_state
 from peftlight.callbacks.checkpoints import Checkpoints
 from peftlight.callbacks.wishes import Wishes
 from peftlight.console import say
@@ -42,7 +42,6 @@ class Stopping(Callback):
         self._training = False
         self._former: dict[int, Any] = {}
         self._wishes = Wishes()
-        self._random: dict[str, Any] = {}
 
     # ---- signals
 
@@ -105,7 +104,6 @@ class Stopping(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._random = random_state.taken()
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             self._end_if_wished(trainer)
@@ -138,8 +136,6 @@ class Stopping(Callback):
         wish = self._wishes.exchange(self._wish or _time_is_up(trainer))
         if wish == 0:
             return
-        if trainer.validating:
-            random_state.put_back(self._random)  # for the whole validation is to be repeated
         why = "its time limit" if wish == TIME_IS_UP else signal.Signals(wish).name
         say(f"ended by {why} at step {trainer.global_step}; {_how_to_go_on(_save(trainer), wish)}")
         if wish == TIME_IS_UP:
@@ -197,4 +193,4 @@ def _how_to_go_on(checkpoint: Path | None, wish: int) -> str:
         return "no checkpoint was asked for"
     run = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
     longer = " --trainer.max_time LONGER" if wish == TIME_IS_UP else ""
-    return f"the checkpoint is {checkpoint}\nto go on: peftlight fit --resume {run}{longer}"
+    return f"the checkpoint is {checkpoint}\nto go on: peftlight fit --resume {shlex.quote(str(run))}{longer}"

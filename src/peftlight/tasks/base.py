@@ -20,7 +20,7 @@ from peftlight.quantization import Quantization
 from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
-from peftlight.tasks.distribution import refuse_other_sharding
+from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
 from peftlight.tasks.optimizer_step import OptimizerStep
 from peftlight.tasks.preparation import Initial, prepare_strategy
@@ -83,6 +83,8 @@ class PEFTModule(LightningModule):
         self._state = TrainingState(self, self._step.window)
         self.allow_changes: set[str] = set()
         """What may differ from the training that a checkpoint is of, by name: "processes"."""
+        self.goes_on = False
+        """Whether a checkpoint is to come, which the trainer does not say yet when the model is made."""
         self.guard = Guard()
         self._last_step = 0
         self._prepared = False
@@ -103,8 +105,11 @@ class PEFTModule(LightningModule):
         """Count one batch of the stage ("val" or "test") in."""
         raise NotImplementedError(f"{type(self).__name__} defines no evaluation")
 
+    def start_over(self, stage: str) -> None:
+        """Forget what was counted in the stage before, whether it came to its end or was broken off."""
+
     def report(self, stage: str) -> None:
-        """Log the metrics of the whole stage, and start over."""
+        """Log the metrics of the whole stage."""
 
     def log_whole(self, values: Mapping[str, Tensor], prog_bar: bool = True) -> None:
         """Log what is the same in all processes; Lightning would recommend to average it over them."""
@@ -125,7 +130,7 @@ class PEFTModule(LightningModule):
     def configure_model(self) -> None:
         """Load the base, attach the strategy, and keep what is trained in float32."""
         if self._trainer:
-            refuse_other_sharding(self.trainer.strategy)
+            refuse_other_distribution(self.trainer.strategy)
         if self.adapter is None:
             initial = self.initial if self._starts_anew() else None
             self.adapter = adapted_base(self, initial)
@@ -138,7 +143,7 @@ class PEFTModule(LightningModule):
 
     def _starts_anew(self) -> bool:
         """Whether a training is to come that is not taken up from a checkpoint."""
-        return bool(self._trainer) and self.trainer.training and self.trainer.ckpt_path is None
+        return bool(self._trainer) and self.trainer.training and self.trainer.ckpt_path is None and not self.goes_on
 
     def forward(self, **inputs: Tensor) -> Any:
         """The base model's own output with the adapter active."""
@@ -215,6 +220,7 @@ class PEFTModule(LightningModule):
         self._state.put_back()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._state.batch_ends()
         if self.trainer.global_step == self._last_step:
             return
         assert self.adapter is not None
@@ -242,17 +248,26 @@ class PEFTModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self._state.epoch_starts()
-        self._tokens.start()  # validation between epochs is not training time
+        self._tokens.start()
 
     def on_validation_model_eval(self) -> None:
         self._state.validation_starts()
         super().on_validation_model_eval()
+
+    def on_validation_end(self) -> None:
+        self._tokens.start()  # it was no training time
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         self.evaluate("val", batch)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         self.evaluate("test", batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self.start_over("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.start_over("test")
 
     def on_validation_epoch_end(self) -> None:
         self.report("val")
@@ -292,7 +307,7 @@ class PEFTModule(LightningModule):
         """
         self.configure_model()
         assert self.adapter is not None
-        base = {key for key in self.state_dict() if key not in self.own_state()}
+        base = self.state_dict().keys() - self.own_state()
         state = {key.removeprefix("model."): value for key, value in state_dict.items() if key not in base}
         self.adapter.load_state(state, "the checkpoint")
         return _IncompatibleKeys([], [])

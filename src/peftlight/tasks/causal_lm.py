@@ -65,8 +65,11 @@ class CausalLM(PEFTModule):
     def evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         self.losses.add(stage, *self.loss(batch))
 
+    def start_over(self, stage: str) -> None:
+        self.losses.start_over(stage)
+
     def report(self, stage: str) -> None:
-        self.log_whole(self.losses.take(stage))
+        self.log_whole(self.losses.figures(stage))
 
     def on_predict_start(self) -> None:
         """See that the model has positions for the longest row and for what it is to write after it."""

@@ -103,11 +103,12 @@ class Classifier(PEFTModule, ABC):
         if count:  # torchmetrics fails on nothing
             self._metrics_of(stage).update(logits.argmax(-1), targets)
 
+    def start_over(self, stage: str) -> None:
+        self.losses.start_over(stage)
+        self._metrics_of(stage).reset()
+
     def report(self, stage: str) -> None:
-        metrics = self._metrics_of(stage)
-        values = {"loss": self.losses.take_mean(stage), **metrics.compute()}
-        metrics.reset()
-        self.log_values(stage, values)
+        self.log_values(stage, {"loss": self.losses.loss(stage), **self._metrics_of(stage).compute()})
 
     def log_values(self, stage: str, values: dict[str, Tensor]) -> None:
         """Log the metrics of a whole stage."""

@@ -81,10 +81,14 @@ class Seq2Seq(PEFTModule):
             written = self._written(some if len(rows) else batch)  # with a sharded model all processes write at once
             self.scores.add(stage, written[: len(rows)], self._texts(some["labels"]))
 
+    def start_over(self, stage: str) -> None:
+        self.losses.start_over(stage)
+        self.scores.start_over(stage)
+
     def report(self, stage: str) -> None:
-        self.log_whole(self.losses.take(stage))
+        self.log_whole(self.losses.figures(stage))
         if self.generate_rows != 0:
-            self.log_whole(self.scores.take(stage))
+            self.log_whole(self.scores.figures(stage))
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: its id, the source as it was read, and what the model writes."""

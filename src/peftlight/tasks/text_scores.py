@@ -60,14 +60,15 @@ class TextScores(nn.ModuleDict):
             for pair in zip(written, wanted, strict=True):
                 self._mean(f"{stage}_{name}").update(score(*pair))
 
-    def take(self, stage: str) -> dict[str, Tensor]:
-        """The stage's scores; start over."""
-        means = {f"{stage}_{name}": self._mean(f"{stage}_{name}") for name in _SCORES}
-        scores = {name: mean.compute() for name, mean in means.items()}
-        for mean in means.values():
-            mean.reset()
+    def start_over(self, stage: str) -> None:
+        """Forget what was counted in the stage."""
         self._texts[stage] = 0
-        return scores
+        for name in _SCORES:
+            self._mean(f"{stage}_{name}").reset()
+
+    def figures(self, stage: str) -> dict[str, Tensor]:
+        """The stage's scores."""
+        return {name: self._mean(name).compute() for name in (f"{stage}_{score}" for score in _SCORES)}
 
     def _mean(self, name: str) -> MeanMetric:
         mean = self[name]

@@ -45,16 +45,18 @@ class TokenLosses(nn.ModuleDict):
         """Count in a batch's summed loss over that many labels."""
         self._mean(stage).update(loss_sum, labels)
 
-    def take(self, stage: str) -> dict[str, Tensor]:
-        """The stage's loss and perplexity; start over."""
-        loss = self.take_mean(stage)
+    def start_over(self, stage: str) -> None:
+        """Forget what was counted in the stage."""
+        self._mean(stage).reset()
+
+    def figures(self, stage: str) -> dict[str, Tensor]:
+        """The stage's loss and perplexity."""
+        loss = self.loss(stage)
         return {f"{stage}_loss": loss, f"{stage}_perplexity": torch.exp(loss)}
 
-    def take_mean(self, stage: str) -> Tensor:
-        """The stage's loss; start over."""
-        mean = self._mean(stage)
-        loss: Tensor = mean.compute()
-        mean.reset()
+    def loss(self, stage: str) -> Tensor:
+        """The stage's loss."""
+        loss: Tensor = self._mean(stage).compute()
         return loss
 
     def _mean(self, stage: str) -> MeanPerLabel:

@@ -7,11 +7,12 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+import peftlight.tasks.loader_position as loader_position
+import peftlight.tasks.loop_progress as loop_progress
 from peftlight import random_state
 from peftlight.errors import UserError
 from peftlight.gather import gathered
 from peftlight.shards import local
-from peftlight.tasks import loader_position, loop_progress
 from peftlight.tasks.label_window import LabelWindow
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class TrainingState:
 
     def __init__(self, module: "PEFTModule", window: LabelWindow) -> None:
         self._module, self._window = module, window
+        self._random: dict[str, Any] = {}
         self._epoch: dict[str, Any] | None = None
         self._past: dict[str, Any] | None = None
         self._progress: loop_progress.Progress | None = None
@@ -44,12 +46,15 @@ class TrainingState:
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or "optimizer_states" not in checkpoint:
             return
         loader = {"begun": self._epoch, "generators": loader_position.generator_states(trainer)}
-        mine = {"random": random_state.taken(), "loader": loader, "window": self._open_window()}
+        progress = loop_progress.progress_of(trainer)
+        repeats = trainer.validating and progress["validates"]  # the validation, as a whole
+        random = self._random if repeats else random_state.taken()
+        mine = {"random": random, "loader": loader, "window": self._open_window()}
         parts = gathered(mine)
         checkpoint["random_states"] = [part["random"] for part in parts]
         checkpoint["loader_states"] = [part["loader"] for part in parts]
         checkpoint["window"] = None if mine["window"] is None else [part["window"] for part in parts]
-        checkpoint["progress"] = loop_progress.progress_of(trainer)
+        checkpoint["progress"] = progress
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Take from a checkpoint what `put_back` needs; nothing outside of a fit.
@@ -94,9 +99,14 @@ class TrainingState:
         if past["window"] is not None:
             self._reopen_window(past["window"][rank])
         loader_position.set_generators(trainer, past["loader_states"][rank]["generators"])
-        random_state.put_back(past["random_states"][rank])
+        self._random = past["random_states"][rank]
+        random_state.put_back(self._random)
         loop_progress.go_on(trainer, past["progress"])
         self._progress = past["progress"] if past["progress"]["validates"] else None
+
+    def batch_ends(self) -> None:
+        """Note with which random numbers a validation begins, should one come now."""
+        self._random = random_state.taken()
 
     def validation_starts(self) -> None:
         """The one that was still to come has begun."""
