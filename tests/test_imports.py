@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "peftlight"
 
 # A room may import from those that stand after it in its line.
-FREE = {"errors", "files", "gather", "locks", "shards", "signals"}
+FREE = {"environment", "errors", "files", "gather", "locks", "shards", "signals"}
 ROOMS = {
     "linear": set(),
     "delta": set(),
@@ -46,7 +46,6 @@ ROOMS = {
     "typed": set(),
     "strategy_spec": {"strategy", "strategies", "typed"},
     "quantization": {"linear", "paths", "targets", "typed"},
-    "environment": set(),
     "loading_errors": set(),
     "pretrained": {"loading_errors", "paths", "quantization"},
     "interop": {
@@ -149,7 +148,7 @@ ROOMS = {
         "writing",
     },
     "processes": {"blocks", "strategy", "tasks"},
-    "cli": {"environment", "resume", "lightning_cli", "config_errors", "commands"},
+    "cli": {"resume", "lightning_cli", "config_errors", "commands"},
     "lightning_cli": {
         "processes",
         "tasks",

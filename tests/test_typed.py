@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired, Optional, TypedDict
 
 import pytest
 
-from peftlight.typed import fits, kind_of
+from peftlight.typed import fits, kind_of, misfit
 
 
 class Point(TypedDict):
@@ -46,3 +46,9 @@ def test_hints_that_are_not_about_plain_data_take_everything() -> None:
 def test_kinds_are_named() -> None:
     assert [kind_of(hint) for hint in (int, list[str], str | None, Any)] == ["int", "list[str]", "str | None", "Any"]
     assert kind_of(Point | None) == "an object with x, y | None"
+
+
+def test_the_first_field_that_does_not_fit_is_found() -> None:
+    assert [misfit(values, Point) for values in ({}, {"x": 1, "y": "a", "z": 0})] == [None, None]
+    assert misfit({"y": 3, "z": 0}, Point) == ("y", "str | None")
+    assert misfit({"y": 3, "x": "1"}, Point) == ("x", "int")

@@ -1,5 +1,6 @@
-"""What the environment's variables say, settled before a library reads them."""
+"""What the environment's variables say, settled before a library reads them; and which process this is."""
 
+import logging
 import os
 
 from peftlight.errors import UserError
@@ -14,14 +15,23 @@ _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MAST
 """Variables of launchers; some are read when Lightning is imported."""
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first of all machines' processes, as far as it is known by now."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+
+
 def settle_environment() -> None:
-    """Switch reports to others off where the user has not decided, and see that the launcher's numbers are numbers.
+    """Switch off what reports to others, unless the user decided, and see that the launcher's numbers are numbers.
 
     Raises:
         UserError: a launcher's variable is no number.
     """
     for name, silent in _REPORTS.items():
         os.environ.setdefault(name, silent)
+    # Each import of bitsandbytes advises to install what would fetch code from the hub and run it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for name in _NUMBERS:
         value = os.environ.get(name)
         if value is not None and not value.isdecimal():

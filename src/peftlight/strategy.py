@@ -17,6 +17,8 @@ from peftlight.paths import first_names
 from peftlight.shards import gathered, sharded_like
 from peftlight.targets import matching
 
+_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class Material:
@@ -160,8 +162,9 @@ class Adapter:
             prefix = self._prefix(site)
             delta.take_shapes({key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})
         own = self.state()
-        wrong = [f"{key} has shape {tuple(state[key].shape)} in {origin}, {tuple(own[key].shape)} in the model"
-                 for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape]  # fmt: skip
+        shapes = [f"{key} has shape {tuple(state[key].shape)} in {origin}, {tuple(own[key].shape)} in the model"
+                  for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape]  # fmt: skip
+        wrong = [*shapes[:_SHOWN], *([f"and {len(shapes) - _SHOWN} more"] if len(shapes) > _SHOWN else [])]
         for kind, keys in (("missing from", own.keys() - state.keys()), ("not part of the model but in",
                            state.keys() - own.keys())):  # fmt: skip
             if keys:

@@ -1,5 +1,6 @@
 """Whether plain data, as JSON and YAML hold it, is of the kind that a type hint asks for."""
 
+from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -29,8 +30,16 @@ def fits(value: object, hint: Any) -> bool:
 
 def _has_keys(value: dict[Any, Any], hint: Any) -> bool:
     """Whether the keys are there that must be, with values of their kinds; there may be others."""
-    kinds = get_type_hints(hint)
-    return hint.__required_keys__ <= value.keys() and all(fits(value[key], kinds[key]) for key in kinds if key in value)
+    return hint.__required_keys__ <= value.keys() and misfit(value, hint) is None
+
+
+def misfit(values: Mapping[Any, Any], kind: Any) -> tuple[str, str] | None:
+    """The first field of `kind`, a class with hints, whose value is of another kind, and the hint in words.
+
+    Only the fields that are there are looked at; None: all of them fit.
+    """
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name in values}
+    return next(((name, kind_of(hint)) for name, hint in hints.items() if not fits(values[name], hint)), None)
 
 
 def kind_of(hint: Any) -> str:

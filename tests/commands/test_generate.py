@@ -380,7 +380,8 @@ def test_each_line_is_answered_before_the_next_comes_and_a_closed_reader_is_no_e
 
 def test_the_noise_is_a_sample_of_the_softmax() -> None:
     """Against the probabilities themselves, over many rows; and its nucleus against a sum by hand."""
-    from peftlight.writing.choosing import Choosing, Settings, nucleus
+    from peftlight.writing.choosing import Choosing, nucleus
+    from peftlight.writing.settings import Settings
 
     scores = torch.tensor([[1.0, 0.0, 2.0, -1.0]])
     rows = 20_000
@@ -394,7 +395,8 @@ def test_the_noise_is_a_sample_of_the_softmax() -> None:
 
 
 def test_padding_is_not_taken_for_what_was_said() -> None:
-    from peftlight.writing.choosing import Choosing, Settings
+    from peftlight.writing.choosing import Choosing
+    from peftlight.writing.settings import Settings
 
     scores = torch.tensor([[4.0, -4.0, 2.0, 1.0]] * 2)
     tokens = torch.tensor([[2, 2, 0, 1], [2, 2, 0, 1]])

@@ -5,20 +5,16 @@ import sys
 from typing import Any, Literal
 
 from peftlight.opening import Opening
+from peftlight.writing.settings import Settings
 
 
 def generate(
     adapters: list[str],
+    settings: Settings,
     opening: Opening,
     prompt: str | None = None,
     file: str | None = None,
     out: str | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
     batch_size: int | None = None,
     template: Literal["trained", "plain", "chat"] = "trained",
 ) -> None:
@@ -34,23 +30,16 @@ def generate(
         file: prompts: the lines of a .txt file, or the rows of another (jsonl, csv, ...) with a column prompt, the
             columns of the training, or messages. Without prompt and file, the lines of the standard input.
         out: a JSONL file for the answers.
-        max_new_tokens: most tokens of an answer.
-        temperature: 0: always the likeliest token; above, tokens are drawn.
-        top_p: tokens are drawn from the likeliest that together have this probability.
-        top_k: tokens are drawn from this many likeliest; 0: from all.
-        repetition_penalty: above 1, tokens that were there before become less likely.
-        seed: of what is drawn.
         batch_size: prompts that are computed at a time; by default 8, from a pipe 1: each line is answered at once.
         template: how a prompt is put to the model: as in the training, plain, or by the tokenizer's chat template.
+        settings: how text is written.
         opening: the base, and what is allowed.
     """
     from peftlight.errors import UserError
     from peftlight.files import write_text
     from peftlight.writing.answering import Answers, opened_with_base
-    from peftlight.writing.choosing import Settings
     from peftlight.writing.prompts import tables_of
 
-    settings = Settings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size is at least 1; it is {batch_size}.")
     piped = prompt is None and file is None

@@ -17,7 +17,7 @@ from peftlight.interop.hf.frame import base_name
 from peftlight.interop.hf.targets import task_of
 from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import StrategySpec, spec_of
-from peftlight.typed import fits, kind_of
+from peftlight.typed import misfit
 
 FILE = "peftlight.json"
 FORMAT = 2
@@ -183,8 +183,6 @@ _CLASSES_BY_TASK = {
 
 def _filled(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """The dataclass with those of the values that are its fields."""
-    hints = {name: hint for name, hint in get_type_hints(kind).items() if name in values}
-    for name, hint in hints.items():
-        if not fits(values[name], hint):
-            raise UserError(f"{FILE}: {where}{name} is {values[name]!r}; expected {kind_of(hint)}.")
-    return kind(**{name: values[name] for name in hints})
+    if wrong := misfit(values, kind):
+        raise UserError(f"{FILE}: {where}{wrong[0]} is {values[wrong[0]]!r}; expected {wrong[1]}.")
+    return kind(**{name: values[name] for name in get_type_hints(kind) if name in values})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
+from typing import Any, Literal, TypedDict, TypeVar
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from peftlight.interop.json_files import read_json
 from peftlight.interop.metadata import Record
 from peftlight.interop.own_format import TYPE_PREFIX
 from peftlight.interop.tensor_files import PICKLE, read_tensors
-from peftlight.typed import fits, kind_of
+from peftlight.typed import misfit
 
 RUN, SETTINGS = "run.json", "config.yaml"
 _MOST_VALUES = 100_000
@@ -131,8 +131,11 @@ def run_facts(folder: str | Path, convert_pickle: bool = False) -> RunFacts:
     Raises:
         UserError: there is no adapter, a file is damaged, or it is a pickle and `convert_pickle` is false.
     """
-    folder = find_adapter(Path(folder))
-    tensors = tensor_file(folder, convert_pickle)
+    try:
+        folder = find_adapter(Path(folder))
+        tensors = tensor_file(folder, convert_pickle)
+    except UserError as error:
+        raise UserError(f"Cannot read the adapter in {folder}: {error}") from None
     facts = RunFacts(read_json(folder / CONFIG), read_record(folder), _parameters(tensors), tensors.stat().st_size)
     run = folder.resolve().parent
     if folder.resolve().name != OF_RUN:
@@ -157,9 +160,8 @@ def _read(file: Path, parse: Callable[[str], Any], kind: type[T]) -> T:
         raise UserError(f"{file} cannot be read: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}; expected keys and their values.")
-    for name, hint in get_type_hints(kind).items():
-        if name in content and not fits(content[name], hint):
-            raise UserError(f"{file}: {name} is {_start(content[name])}; expected {kind_of(hint)}.")
+    if wrong := misfit(content, kind):
+        raise UserError(f"{file}: {wrong[0]} is {_start(content[wrong[0]])}; expected {wrong[1]}.")
     return content  # type: ignore[return-value]
 
 

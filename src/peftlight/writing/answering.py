@@ -12,8 +12,8 @@ from peftlight.data.table import Table
 from peftlight.errors import UserError, listed
 from peftlight.opened import Opened, open_adapters
 from peftlight.opening import Opening
-from peftlight.writing.choosing import Settings
 from peftlight.writing.prompts import Template, encoded, encoder_for, plain
+from peftlight.writing.settings import Settings
 from peftlight.writing.writer import Prompt, Writer, Written, on_the_best_device
 
 BASE = "base"

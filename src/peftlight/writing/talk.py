@@ -10,8 +10,8 @@ from peftlight.console import say
 from peftlight.errors import UserError, listed, nearest
 from peftlight.opened import Opened
 from peftlight.writing.answering import BASE, side_by_side, use
-from peftlight.writing.choosing import Settings
 from peftlight.writing.conversation import Conversation
+from peftlight.writing.settings import Settings
 from peftlight.writing.writer import Prompt, Writer
 
 

@@ -13,7 +13,8 @@ from peftlight.data.chat import turn_end
 from peftlight.errors import UserError, listed
 from peftlight.opened import Opened
 from peftlight.writing.answer import Answer
-from peftlight.writing.choosing import Choosing, Settings
+from peftlight.writing.choosing import Choosing
+from peftlight.writing.settings import Settings
 
 _KEPT = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 """What of a base's settings for writing is part of how it is read; the others are the user's to choose."""
