@@ -31,6 +31,8 @@ from peftlight.cli import main
             "has no argument '--device'. Did you mean '--devices'",
         ),
         (["verify", "ddp", "--configs", "c.yaml"], "verify has no argument '--configs'. Did you mean '--config'"),
+        (["verify"], "verify needs WHAT, one of resume, ddp, parity, merge: peftlight verify WHAT."),
+        (["verify", "resume", "c.yaml"], "verify has no argument 'c.yaml'. Did you mean --config c.yaml?"),
         (["verify", "resume"], "verify needs a configuration: "),
         (["verify", "resume", "--config", "nowhere.yaml"], "There is no file nowhere.yaml."),
         (["mergee", "a", "b"], "There is no command 'mergee'. Did you mean 'merge'?"),
@@ -69,8 +71,9 @@ def test_predict_takes_an_adapter_where_a_word_stands_alone(
         return 0
 
     monkeypatch.setattr("peftlight.commands.call.call", call)
-    monkeypatch.setattr("peftlight.config_errors.given.read_given", lambda given: None)
     monkeypatch.setattr("peftlight.lightning_cli.run", lambda given: ran.append((False, given[1:])))
+    # After the line above, whose import would keep this one for all later tests.
+    monkeypatch.setattr("peftlight.config_errors.given.read_given", lambda given: None)
     assert main(["predict", *arguments]) == 0
     assert ran == [(of_adapter, [word.replace("--help-all", "--help") for word in arguments])]
 

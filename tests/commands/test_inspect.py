@@ -145,7 +145,7 @@ def test_without_its_base_the_files_speak(
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "adapter_config.json" in capsys.readouterr().err
+    assert f"Cannot read the adapter in {tmp_path}: It has no adapter_config.json" in capsys.readouterr().err
 
 
 def test_the_help_imports_nothing_heavy() -> None:
@@ -159,5 +159,5 @@ for command in ("inspect", "diff", "combine"):
         pass
 print(sorted({'torch', 'lightning', 'transformers'} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip().endswith("[]"), done.stdout[-500:] + done.stderr[-1000:]

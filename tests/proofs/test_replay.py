@@ -127,3 +127,5 @@ def test_what_recorded_no_steps_is_refused(
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(tmp_path)]) == 2
     assert "is no folder of a run: it has no run.json" in capsys.readouterr().err
+    assert main(["replay", f"{tmp_path}s"]) == 2
+    assert f"There is no run {tmp_path}s. Did you mean '{tmp_path.name}'" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from peftlight.commands.pipes import reader_may_leave
-from peftlight.errors import UserError, nearest
+from peftlight.errors import UserError, listed, nearest
 
 Command = Callable[..., int | None]
 _OF_FIT = ("model", "data", "trainer", "optimizer", "lr_scheduler", "seed_everything", "config", "ckpt_path")
@@ -158,6 +158,8 @@ def _explained(command: str, function: Command, said: str) -> str:
         near = nearest(word, [f"--{name}" for name in options if name not in alone])
         if word.removeprefix("--") in alone:
             near = f" It stands without the name: peftlight {command} {' '.join(alone).upper()}"
+        elif _passed(function) and not word.startswith("-"):
+            near = f" Did you mean --config {word}?"
     elif wrong := re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', said):
         from peftlight.config_errors.type_words import choices, described
 
@@ -166,5 +168,9 @@ def _explained(command: str, function: Command, said: str) -> str:
         text = f"{name} is {wrong[2]!r}; expected {described(kind)}"
         near = nearest(wrong[2], choices(kind))
     elif missing := said.partition("arguments are required: ")[2]:
-        text = f"{command} needs {missing.upper()}: peftlight {command} {' '.join(alone).upper()}"
+        from peftlight.config_errors.type_words import choices
+
+        words = choices(options.get(missing))
+        of = f", one of {listed(words)}" if words else ""
+        text = f"{command} needs {missing.upper()}{of}: peftlight {command} {' '.join(alone).upper()}"
     return f"{text}.{near} See: peftlight {command} --help"

@@ -31,6 +31,8 @@ def merge(
         overwrite: whether a merged model that is in the folder may be replaced.
         opening: the base, and what is allowed.
     """
+    from pathlib import Path
+
     from peftlight.console import say
     from peftlight.handover.serving import serving_lines
     from peftlight.merged import merged
@@ -38,5 +40,6 @@ def merge(
 
     certificate, auto_class = merged(adapter, out, opening, dtype, tolerance, prompts, tokenizer, overwrite)
     say(table_of(certificate))
+    say(f"{Path(out) / 'merge.json'} has all of this and the files' sha256")
     say(f"\nTo load it: transformers.{auto_class}.from_pretrained({out!r}, dtype={certificate.dtype!r})")
     say("\n".join([*serving_lines(out), f"# The hub\npeftlight push {out} USER/NAME"]))

@@ -1,7 +1,6 @@
 """The proof that what was trained is what was saved, and what others read."""
 
 import importlib.metadata
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -106,7 +105,6 @@ def _read_by_transformers(bare: nn.Module, folder: Path, probes: Probes, saved: 
         return Finding(f"not asked of transformers: {why}", None)
     others = f"transformers {_version('transformers')} and HF PEFT {_version('peft')}"
     reader: Any = bare
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # HF PEFT imports it; it remarks on kernels of the hub
     try:
         with without_remarks():
             told = reader.load_adapter(str(folder))

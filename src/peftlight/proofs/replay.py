@@ -10,7 +10,7 @@ import yaml
 
 from peftlight.callbacks.first_steps import FirstStep
 from peftlight.console import say
-from peftlight.errors import UserError
+from peftlight.errors import UserError, nearest
 from peftlight.proofs.agreement import Outcome
 from peftlight.proofs.trainings import Trained, failure, only_run, peftlight
 from peftlight.resume.init_adapter import InitialAdapter
@@ -66,7 +66,7 @@ def replay_run(run: Path, steps: int) -> Outcome:
     """
     record = _record_of(run)
     config, recorded = _beginning(run, record)
-    more = f"; it recorded no more, {steps} were asked for" if steps > len(recorded) else ""
+    more = "; it recorded no more" if steps > len(recorded) else ""
     steps = min(steps, len(recorded))
     say(f"training {steps} steps of {run} again{more}")
     with tempfile.TemporaryDirectory(prefix="peftlight-replay-") as folder:
@@ -95,6 +95,9 @@ def _no_cause(steps: list[ReplayedStep]) -> str:
 
 
 def _record_of(run: Path) -> dict[str, Any]:
+    if not run.is_dir():
+        beside = [one.name for one in run.parent.iterdir()] if run.parent.is_dir() else []
+        raise UserError(f"There is no run {run}.{nearest(run.name, beside)}")
     if not (run / "run.json").is_file() or not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no folder of a run: it has no run.json or no config.yaml.")
     try:
