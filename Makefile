@@ -11,10 +11,10 @@ demo: $(READY)  ## fine-tune a real pretrained encoder with LoRA, offline
 	HF_HUB_OFFLINE=1 $(BIN)/peftlight fit --config configs/demo.yaml
 
 test: $(READY)  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 quick: $(READY)  ## the tests that take seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 tables: $(READY)  ## write docs/parity.md, docs/compatibility.md and docs/errors.md from what runs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/parity.py

@@ -26,11 +26,11 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_classes_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages list all classes that are imported, and other tests define some."""
-    every, here = places._subclasses, Path(__file__).parent
+    """Messages list all classes that are imported, and other tests and the documentation's examples define some."""
+    every, theirs = places._subclasses, {Path(__file__).parent, Path(__file__).parents[1] / "docs"}
 
     def without(kind: type) -> Iterator[type]:
-        return (child for child in every(kind) if here not in Path(_file_of(child)).parents)
+        return (child for child in every(kind) if not theirs & {*Path(_file_of(child)).parents})
 
     monkeypatch.setattr(places, "_subclasses", without)
 

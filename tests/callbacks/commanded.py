@@ -83,7 +83,7 @@ def command(folder: Path, encoder: Path, where: str = "step", flushes: int = 0, 
 
 
 def wait_for(*paths: Path) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not all(path.exists() for path in paths):
         assert time.monotonic() < until
         time.sleep(0.02)

@@ -1,8 +1,6 @@
 """QLoRA by one overlay: through the command line, on real files, with checkpoints, two processes and a merge."""
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +19,7 @@ from peftlight.linear import is_quantized
 from peftlight.pretrained import Source
 from peftlight.strategies import BitFit, LoRA
 from peftlight.tasks import CausalLM, SequenceClassification
+from processes.ranks import Ranks
 from recipes import CONFIGS
 from tasks.small import QUIET, batches, class_rows, loader, quiet_trainer
 
@@ -184,11 +183,11 @@ def test_two_processes_hold_a_quantized_base_each_and_train_as_one(tmp_path: Pat
             "--config", str(CONFIGS / "lora.yaml"), *OVERLAY, f"--model.base_model={encoder}",
             f"--data.source={tmp_path / 'eight.tsv'}", f"--data.validation_source={tmp_path / 'eight.tsv'}",
             f"--data.batch_size={8 // devices}", "--model.strategy.dropout=0", f"--trainer.default_root_dir={root}",
-            "--trainer.accelerator=cpu", f"--trainer.devices={devices}", "--trainer.max_epochs=4",
-            "--optimizer.lr=1e-2", *(["--trainer.strategy=ddp"] if devices == 2 else []),
+            "--trainer.accelerator=cpu", "--trainer.max_epochs=4", "--optimizer.lr=1e-2",
+            *(["--trainer.strategy=ddp"] if devices == 2 else []),
         ]  # fmt: skip
-        done = subprocess.run([sys.executable, "-m", "peftlight", "fit", *flags], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        ranks = Ranks(devices, ["fit", *flags], tmp_path)
+        assert ranks.ended() == [0] * devices, ranks.said()
         (run,) = root.iterdir()
         states.append(load_adapter(plain_base(encoder), run).state())
         assert read_record(run).base.quantization is not None

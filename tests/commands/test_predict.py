@@ -217,7 +217,7 @@ def test_a_reader_that_has_had_enough_is_no_error(run: Path, tmp_path: Path) -> 
     file.write_text("sentence\n" + "a film to see again\n" * 2000)  # more than a pipe holds
     predict = f"{sys.executable} -W ignore -m peftlight predict {run} {file} --batch_size 500"
     command = f"{predict} | head -n 1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=os.environ)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, env=os.environ)
     first, code = done.stdout.splitlines()
     assert json.loads(first)["id"] == 0
     assert code == "0", done.stderr

