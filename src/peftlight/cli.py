@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from peftlight import __version__
 from peftlight.environment import settle_environment
@@ -143,12 +144,26 @@ def _run(given: list[str]) -> int:
     from peftlight.config_errors.given import read_given
     from peftlight.resume.asked import take_out
 
-    read_given(take_out(given)[1])  # a file that is missing or no YAML is refused before seconds of imports
-    from peftlight.lightning_cli import run
+    with _told_early():
+        read_given(take_out(given)[1])  # a file that is missing or no YAML is refused before seconds of imports
+        from peftlight.lightning_cli import run
 
-    with end_at_once_by(signal.SIGINT):  # Lightning would take a KeyboardInterrupt for a failure
-        run(given)
+        with end_at_once_by(signal.SIGINT):  # Lightning would take a KeyboardInterrupt for a failure
+            run(given)
     return 0
+
+
+@contextmanager
+def _told_early() -> Iterator[None]:
+    """Under torchrun, an error within the block is told to the processes on other machines that wait for this one."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from peftlight.watching import tell_early
+
+            tell_early(error)
+        raise
 
 
 def _names_adapter(rest: list[str]) -> bool:

@@ -93,7 +93,12 @@ class Quantization:
         return kept
 
     def options(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
-        """What `from_pretrained` takes to load a model of this shape (it may be on the meta device) quantized."""
+        """What `from_pretrained` takes to load a model of this shape (it may be on the meta device) quantized.
+
+        Raises:
+            UserError: nothing is there to quantize, or the package bitsandbytes is not installed.
+        """
+        _bitsandbytes()
         kept = [f"^{re.escape(path)}$" for path in self.kept(model)]
         return {"quantization_config": _config(self, kept, device), "device_map": {"": device}}
 
@@ -101,7 +106,7 @@ class Quantization:
         """Quantize the linear layers of a model in memory, one after the other, on `device` or where they are.
 
         Raises:
-            UserError: nothing is there to quantize.
+            UserError: nothing is there to quantize, or the package bitsandbytes is not installed.
         """
         kept = set(self.kept(model))
         for path, module in list(model.named_modules()):
@@ -128,7 +133,7 @@ class Quantization:
             )
 
     def _layer(self, module: nn.Module) -> nn.Module:
-        bnb: Any = importlib.import_module("bitsandbytes")
+        bnb = _bitsandbytes()
         weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
         weight = weight.T.contiguous() if is_conv1d(module) else weight
         shape, device = widths(module), weight.device
@@ -242,6 +247,13 @@ def _put_bias_back(layer: nn.Module, inputs: Any, output: Any) -> None:
     if kept is not None:
         layer.get_parameter("bias").data = kept
         setattr(layer, _BIAS, None)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise UserError("A base in few bits needs the package bitsandbytes: pip install bitsandbytes") from error
 
 
 @cache

@@ -26,23 +26,28 @@ class Node:
         self.number, self.space = number, f"peftlight-{os.getpid()}-{number}"
         self.cable, self.address = f"pl{os.getpid()}-{number}", f"10.77.0.{number + 1}"
 
-    def torchrun(self, arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-        """This node's half of a training with one process on each."""
+    def torchrun(self, arguments: list[str], folder: Path) -> None:
+        """Start this node's half of a training with one process on each."""
         meeting = ["--nnodes", "2", "--node-rank", str(self.number), "--nproc-per-node", "1", "--rdzv-backend", "c10d",
                    "--rdzv-endpoint", "10.77.0.1:29500", "--local-addr", self.address,
                    "--rdzv-conf", f"is_host={1 - self.number},join_timeout=300"]  # fmt: skip
         named = ["unshare", "--uts", "sh", "-c", f'hostname node-{self.number}; exec "$@"', "sh"]
         command = ["ip", "netns", "exec", self.space, *named, sys.executable, "-W", "ignore", "-m",
                    "torch.distributed.run", *meeting, "-m", "peftlight", *arguments]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder),
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "PYTHONFAULTHANDLER": "1",
                        "GLOO_SOCKET_IFNAME": self.cable}  # fmt: skip
-        return subprocess.Popen(command, cwd=folder, env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        self.output = folder / f"{self.space}.txt"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
 
-    def lose(self) -> None:
+    def said(self) -> str:
+        """What its processes have said."""
+        return self.output.read_text()
+
+    def lose(self, by: int = signal.SIGKILL) -> None:
         """Kill everything that runs there."""
         for process in ip("netns", "pids", self.space).split():
-            os.kill(int(process), signal.SIGKILL)
+            os.kill(int(process), by)
 
 
 def ip(*arguments: str) -> str:
@@ -83,24 +88,23 @@ def test_one_node_is_lost_and_the_run_goes_on_to_what_one_process_gets(
     assert code == 0, said
 
     arguments = [*fit(tmp_path, encoder, **settings), *trouble("step", 1, "once", at=8), "--trainer.num_nodes=2"]
-    first, second = (node.torchrun(arguments, tmp_path) for node in nodes)
-    wait_for(tmp_path / "when", first)
+    for node in nodes:
+        node.torchrun(arguments, tmp_path)
+    wait_for(tmp_path / "when", nodes)
     nodes[1].lose()
     lost = time.monotonic()
-    said, _ = first.communicate(timeout=300)
+    assert ended(nodes) == [1, -signal.SIGKILL], nodes[0].said()
     assert time.monotonic() - lost < 60
-    assert first.returncode == 1, said
+    said = nodes[0].said()
     assert "peftlight: error: process 1 on node-1 is gone without a word" in said
     assert "2 rows each" not in said
     assert "4 rows each (2 x 1 accumulated x 2 processes on 2 machines)" in said
-    second.communicate()
     (run,) = (tmp_path / "runs").iterdir()
     assert json.loads((run / "run.json").read_text())["state"] == "failed"
 
-    for node in (again := [node.torchrun(["fit", "--resume", str(run)], tmp_path) for node in nodes]):
-        said, _ = node.communicate(timeout=300)
-        assert node.returncode == 0, said
-    assert len(again) == 2
+    for node in nodes:
+        node.torchrun(["fit", "--resume", str(run)], tmp_path)
+    assert ended(nodes) == [0, 0], [node.said() for node in nodes]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name]
     (reference,) = (alone / "runs").iterdir()
     one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (reference, run))
@@ -109,9 +113,41 @@ def test_one_node_is_lost_and_the_run_goes_on_to_what_one_process_gets(
     assert any(tensor.abs().max() > 1e-3 for name, tensor in one.items() if "lora_B" in name)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_before_all_have_met_ends_both_nodes_with_its_text(
+    failing: int, nodes: list[Node], tmp_path: Path, encoder: Path
+) -> None:
+    arguments = [*fit(tmp_path, encoder), "--trainer.num_nodes=2"]
+    for node in nodes:
+        wrong = ["--config", "only_there.yaml"] if node.number == failing else []
+        node.torchrun([*arguments, *wrong], tmp_path)
+    assert ended(nodes, seconds=100) == [1, 1]
+    waiting, failed = nodes[1 - failing].said(), nodes[failing].said()
+    assert failed.count("peftlight: error: ") == 1
+    text = failed.partition("peftlight: error: ")[2].splitlines()[0]
+    assert "only_there.yaml" in text
+    failure = f"peftlight: error: process {failing} on node-{failing} failed, and with it the whole run: {text}"
+    assert waiting.count(failure) == 1, waiting
+    assert "exitcode  : 2" in waiting
+
+
+def wait_for(path: Path, nodes: list[Node]) -> None:
     until = time.monotonic() + 300
     while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
+        assert [node.process.poll() for node in nodes] == [None, None], [node.said() for node in nodes]
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def ended(nodes: list[Node], seconds: float = 300) -> list[int]:
+    """The exit codes of both nodes."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        codes = [node.process.poll() for node in nodes]
+        if None not in codes:
+            return [code for code in codes if code is not None]
+        time.sleep(0.1)
+    for node in nodes:
+        node.lose(signal.SIGABRT)  # each Python says where it was
+    time.sleep(5)
+    pytest.fail("\n\n".join(node.said() for node in nodes))

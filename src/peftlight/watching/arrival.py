@@ -7,39 +7,52 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from subprocess import Popen
 from typing import Any
 
 import torch.distributed as dist
 
+from peftlight.errors import listed
+from peftlight.signals import Stopped
+from peftlight.watching.early import EarlyNews, has_early_news, tell_early
+from peftlight.watching.news import News, stream
+
 _PATIENCE = 3.0
 """Seconds in which the main thread, if it does not wait there, ends by itself."""
+_USUAL = 4.0
+"""Seconds in which all come when all is well."""
+_LONG = 60.0
+"""Seconds after which it is said who is waited for."""
 
 
 class Arrival:
-    """Has SIGTERM and Ctrl-C end this process even while it waits for another one, that may never come.
+    """Has this process end while it waits for another one that may never come: by a signal, or when that one failed.
 
     Python calls handlers in the main thread alone, once it is back from torch; so another thread hears of them too. The
     processes that this one has started end with it, as they would wait for it.
     """
 
-    def __init__(self, started: Sequence[Popen[Any]]) -> None:
+    def __init__(self, process: int, count: int, started: Sequence[Popen[Any]]) -> None:
         """To be called in the main thread.
 
         Args:
+            process: the number of this process.
+            count: how many there are.
             started: the processes that this one has started.
         """
-        self._started = started
+        self._process, self._count, self._started = process, count, started
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-        self._over = False
-        threading.Thread(target=self._hear, name="peftlight-arrival", daemon=True).start()
+        self._over = threading.Event()
+        for action in (self._hear, self._wait):
+            threading.Thread(target=action, name="peftlight-arrival", daemon=True).start()
 
     def over(self) -> None:
         """All have come."""
-        if not self._over:
-            self._over = True
+        if not self._over.is_set():
+            self._over.set()
             signal.set_wakeup_fd(self._before)
             self._mouth.close()
 
@@ -48,6 +61,8 @@ class Arrival:
         self.over()
         self._end_others()
 
+    # ---- signals
+
     def _hear(self) -> None:
         while number := self._ear.recv(1):
             if number[0] in (signal.SIGTERM, signal.SIGINT):
@@ -55,13 +70,51 @@ class Arrival:
         self._ear.close()
 
     def _end(self, number: int) -> None:
-        time.sleep(_PATIENCE)
-        if self._over or dist.is_initialized():
+        if self._over.wait(_PATIENCE) or dist.is_initialized():
             return
-        self._end_others()
         print(f"peftlight: ended by {signal.Signals(number).name}, before all processes had come", file=sys.stderr)
+        tell_early(Stopped(number))
+        self._leave(128 + number)
+
+    # ---- the others
+
+    def _wait(self) -> None:
+        if self._over.wait(_USUAL) or dist.is_initialized():
+            return
+        with suppress(RuntimeError):  # the store is gone with its machine, which torch notices too
+            self._listen(EarlyNews() if has_early_news() else None)
+
+    def _listen(self, early: EarlyNews | None) -> None:
+        if early is not None:
+            early.come()
+        said, began = False, time.monotonic()
+        while not self._over.wait(0.5) and not dist.is_initialized():
+            if early is not None and (news := early.heard()) is not None:
+                self._follow(early, news)
+            if not said and time.monotonic() - began > _LONG:
+                said = True
+                self._say(early)
+
+    def _follow(self, early: EarlyNews, news: News) -> None:
+        if news.stream != stream():  # else it stands there already
+            print(f"peftlight: error: {news.told()}", file=sys.stderr)
+        with suppress(RuntimeError):
+            early.end()
+        self._leave(news.code)
+
+    def _say(self, early: EarlyNews | None) -> None:
+        missing = early.missing() if early is not None else []
+        if self._process == min({*range(self._count)} - {*missing}, default=0):
+            named = f"{'process' if len(missing) == 1 else 'processes'} {listed(missing)}"
+            whom = named if missing else "the other processes"
+            print(f"peftlight: process {self._process} has waited for a minute until all are there, and waits on for "
+                  f"{whom}: see what is said there. Ctrl-C ends this one.", file=sys.stderr)  # fmt: skip
+
+    def _leave(self, code: int) -> None:
+        self._end_others()
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(128 + number)
+        os._exit(code)
 
     def _end_others(self) -> None:
         if not dist.is_initialized():  # else they are told by the relay

@@ -1,9 +1,18 @@
 """What one process tells the others when it ends before them."""
 
 import json
+import os
+import signal
+import socket
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from peftlight.errors import one_line
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from peftlight.errors import UserError, one_line
+
+_LONGEST = 20_000
+"""Characters of an error that the other processes are told."""
 
 
 @dataclass(frozen=True)
@@ -41,3 +50,30 @@ class News:
 
 LEFT = b"{}\n"
 """The line with which a process says that it ends as it should."""
+
+
+def news_of(exception: BaseException, process: int) -> News:
+    """That this process ends by the exception."""
+    if isinstance(exception, UserError):
+        text, code = str(exception), 2
+    elif isinstance(exception, Exception):
+        text, code = f"{type(exception).__name__}: {exception}", 1
+    else:
+        text, code = "it was interrupted", _code_of_interruption(exception)
+    return News(process, socket.gethostname(), text[:_LONGEST], code, stream())
+
+
+def stream() -> str:
+    """Which terminal or file this process's errors go to."""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return f"{socket.gethostname()} {os.getpid()}"
+    return f"{socket.gethostname()} {status.st_dev} {status.st_ino}"
+
+
+def _code_of_interruption(exception: BaseException) -> int:
+    if isinstance(exception, SIGTERMException):
+        return 128 + signal.SIGTERM
+    code: Any = getattr(exception, "code", 128 + signal.SIGINT)
+    return code if isinstance(code, int) and code else 1

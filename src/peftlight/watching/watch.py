@@ -3,23 +3,19 @@
 import itertools
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from peftlight.errors import UserError
 from peftlight.signals import StoppedTogether
 from peftlight.watching.arrival import Arrival
 from peftlight.watching.at_exit import end_group_at_exit
 from peftlight.watching.link import Link
-from peftlight.watching.news import News
+from peftlight.watching.news import News, news_of, stream
 
 _ALIKE = 1.5
 """Seconds in which other processes may meet the same error by themselves."""
@@ -29,8 +25,6 @@ _AFTERMATH = 3.0
 """Seconds in which a broken collective is explained by the loss of a process."""
 _ENDING = 10.0
 """Seconds after which a process that cannot end by itself is ended."""
-_LONGEST = 20_000
-"""Characters of an error that the other processes are told."""
 _runs = itertools.count()
 
 
@@ -69,7 +63,8 @@ class Watch(Callback):
         self._told, self._raised, self._own = threading.Event(), threading.Event(), ""
         self._link = Link(f"watch {next(_runs)}", trainer.global_rank, trainer.num_nodes == 1, self._hear)
         if threading.current_thread() is threading.main_thread():
-            self._arrival = Arrival(getattr(trainer.strategy.launcher, "procs", []))
+            started = getattr(trainer.strategy.launcher, "procs", [])
+            self._arrival = Arrival(trainer.global_rank, trainer.world_size, started)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._arrival is not None:
@@ -96,7 +91,7 @@ class Watch(Callback):
         if isinstance(exception, StoppedTogether):
             self._leave()  # the others end by themselves, however long their last words take
             return
-        own = _news(exception, trainer.global_rank)
+        own = news_of(exception, trainer.global_rank)
         self._own = own.text
         self._raised.set()
         if threading.current_thread() is threading.main_thread():
@@ -134,7 +129,7 @@ class Watch(Callback):
         _end_within(_ENDING, news.code)
         assert self._link is not None
         told = news.told() + (_at_the_loss(self._trainer) if news.sudden else "")
-        if self._trainer.global_rank == 0 or news.stream != _stream():  # else it stands there already
+        if self._trainer.global_rank == 0 or news.stream != stream():  # else it stands there already
             print(f"peftlight: error: {told}", file=sys.stderr)
         with suppress(Exception):  # whatever happens now, it is not what the run failed by
             self.at_end(OtherProcessFailed(told))
@@ -152,34 +147,8 @@ def _at_the_loss(trainer: Trainer) -> str:
     return f" This process was at step {trainer.global_step}. {on}"
 
 
-def _news(exception: BaseException, process: int) -> News:
-    if isinstance(exception, UserError):
-        text, code = str(exception), 2
-    elif isinstance(exception, Exception):
-        text, code = f"{type(exception).__name__}: {exception}", 1
-    else:
-        text, code = "it was interrupted", _code_of_interruption(exception)
-    return News(process, socket.gethostname(), text[:_LONGEST], code, _stream())
-
-
-def _code_of_interruption(exception: BaseException) -> int:
-    if isinstance(exception, SIGTERMException):
-        return 128 + signal.SIGTERM
-    code: Any = getattr(exception, "code", 128 + signal.SIGINT)
-    return code if isinstance(code, int) and code else 1
-
-
 def _same_words(one: News, other: News) -> bool:
     return one.text == other.text and one.stream == other.stream
-
-
-def _stream() -> str:
-    """Which terminal or file this process's errors go to."""
-    try:
-        status = os.fstat(2)
-    except OSError:
-        return f"{socket.gethostname()} {os.getpid()}"
-    return f"{socket.gethostname()} {status.st_dev} {status.st_ino}"
 
 
 def _hold_launcher_back() -> None:
