@@ -148,7 +148,7 @@ ROOMS = {
         "writing",
     },
     "processes": {"blocks", "strategy", "tasks"},
-    "cli": {"resume", "lightning_cli", "config_errors", "commands"},
+    "cli": {"resume", "lightning_cli", "config_errors", "commands", "watching"},
     "lightning_cli": {
         "processes",
         "tasks",
