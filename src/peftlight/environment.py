@@ -14,6 +14,9 @@ _REPORTS = {
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_PORT", "SLURM_PROCID")
 """Variables of launchers; some are read when Lightning is imported."""
 
+RUN_FOLDER, CHECKPOINT = HANDED_ON = ("PEFTLIGHT_RUN_FOLDER", "PEFTLIGHT_CHECKPOINT")
+"""Set by the first process while a run lasts, for the processes that it starts: what it has made or found by then."""
+
 
 def is_first_process() -> bool:
     """Whether this process is the first of all machines' processes, as far as it is known by now."""

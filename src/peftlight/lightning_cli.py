@@ -30,7 +30,7 @@ from peftlight.config_errors.explain import explain
 from peftlight.config_errors.of_the_run import explained
 from peftlight.config_errors.trainer_limits import check_limits
 from peftlight.data import DataFamily
-from peftlight.environment import is_first_process
+from peftlight.environment import HANDED_ON, RUN_FOLDER, is_first_process
 from peftlight.errors import UserError
 from peftlight.processes.size import check_size
 from peftlight.resume.asked import take_out
@@ -45,8 +45,6 @@ _DEFAULTS = {
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": DEFAULT_LEARNING_RATE}},
     "lr_scheduler": {"class_path": "peftlight.tasks.LinearWarmup"},
 }
-_RUN_FOLDER = "PEFTLIGHT_RUN_FOLDER"
-"""Set by the first process for those that it starts."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -71,6 +69,8 @@ def run(arguments: Sequence[str]) -> None:
         raise
     finally:
         sys.argv = before
+        for name in HANDED_ON:  # else a process that is started for a later run would take this one's
+            os.environ.pop(name, None)
 
 
 class PeftlightCLI(LightningCLI):
@@ -199,12 +199,12 @@ class PeftlightCLI(LightningCLI):
     def _run_folder(self, config: Any) -> Path:
         """That of the run that goes on, or a new one; the first process makes it, those that it starts are told."""
         if not is_first_process():
-            return Path(os.environ.get(_RUN_FOLDER, "runs"))
+            return Path(os.environ.get(RUN_FOLDER, "runs"))
         strategy = type(self.model.strategy).__name__
         root = Path(config.get("default_root_dir") or "runs")
         going_on = self.beginning.folder
         self.folder = RunFolder(going_on) if going_on else new_run_folder(root, f"{self.subcommand}-{strategy}")
-        os.environ[_RUN_FOLDER] = str(self.folder.path)
+        os.environ[RUN_FOLDER] = str(self.folder.path)
         return self.folder.path
 
 

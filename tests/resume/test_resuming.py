@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -208,3 +210,16 @@ def test_a_refused_run_leaves_no_folder_and_one_that_fails_later_does(fresh: Cal
     assert code == 1, said
     assert run_json(only_run(folder))["state"] == "failed"
     assert (only_run(folder) / "log.txt").exists()
+
+
+def test_later_runs_of_this_process_are_not_told_of_this_one(killed: Path) -> None:
+    """What is set for the processes that a run starts would lead those of the next one to this run's checkpoint."""
+    code = f"""
+import os, sys
+from peftlight.cli import main
+before = {{*os.environ}}
+code = main(["fit", "--resume", {str(only_run(killed))!r}])
+print(code, *[name for name in os.environ if name not in before and name.startswith("PEFTLIGHT_")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=killed, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "0", done.stdout[-500:] + done.stderr[-2000:]

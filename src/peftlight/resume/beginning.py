@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 
 from peftlight.config_errors.given import find, read_given
 from peftlight.console import say
-from peftlight.environment import is_first_process
+from peftlight.environment import CHECKPOINT, is_first_process
 from peftlight.errors import UserError, listed
 from peftlight.resume.asked import Asked
 from peftlight.resume.changes import Change, allowed_among, differences, refuse
@@ -19,8 +19,6 @@ from peftlight.resume.init_adapter import InitialAdapter
 from peftlight.resume.past import Past, check_unfinished, newest_unfinished, open_past
 from peftlight.resume.remembered import covered, remembered
 
-_CHECKPOINT = "PEFTLIGHT_CHECKPOINT"
-"""Set by the first process for those that it starts: by then there may be newer checkpoints."""
 _NOTHING = (None, "", "null", "~")
 _OF_A_SESSION = ("best", "last", "hpc")
 """What Lightning takes for a checkpoint of the trainer's own past."""
@@ -57,7 +55,7 @@ class Beginning:
         if not asked.resume and not has_config:
             raise UserError("--resume alone goes on with the newest run of a configuration: give it, --config FILE; "
                             "or name the run: --resume RUN")  # fmt: skip
-        told = None if is_first_process() else os.environ.get(_CHECKPOINT)
+        told = None if is_first_process() else os.environ.get(CHECKPOINT)  # by now there may be newer ones
         if told or asked.resume:
             self.past = open_past(told or asked.resume)
             if not has_config:
@@ -102,7 +100,7 @@ class Beginning:
             say(f"{self.past.checkpoint} does not say by which configuration it was trained, so changes of it go "
                 "unnoticed.")  # fmt: skip
         check_unfinished(self.past, self.changes, config)
-        os.environ[_CHECKPOINT] = str(self.past.checkpoint)
+        os.environ[CHECKPOINT] = str(self.past.checkpoint)
 
     def _check_place(self, root: str | None) -> None:
         given = find(read_given(self.given), ("trainer", "default_root_dir"))
