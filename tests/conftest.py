@@ -28,10 +28,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_seed_left_behind() -> Iterator[None]:
-    """A command line leaves its seed to the processes that it starts; those of the next test would take it."""
+def nothing_left_behind() -> Iterator[None]:
+    """Processes of the next test would take it; Lightning's command line leaves its seed to those that it starts."""
+    before = _told_to_processes()
     yield
     os.environ.pop("PL_GLOBAL_SEED", None)
+    assert _told_to_processes() == before
+
+
+def _told_to_processes() -> dict[str, str]:
+    kinds = ("PEFTLIGHT_", "RANK", "LOCAL_", "WORLD_SIZE", "NODE_", "GROUP_", "MASTER_", "TORCHELASTIC_", "SLURM_")
+    return {name: value for name, value in os.environ.items() if name.startswith(kinds)}
 
 
 @pytest.fixture(scope="session", autouse=True)
