@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -106,6 +107,9 @@ class Continuation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the optimizer its changed options, and the schedule the place it would have come to by this step."""
+        if self.changes:
+            self._check_left(trainer)
+            self._check_state(trainer)
         if trainer.is_global_zero:
             set_aside(self.past)
         if not self.changes:
@@ -120,6 +124,29 @@ class Continuation(Callback):
         rates = listed(dict.fromkeys(f"{group['lr']:.4g}" for group in groups))
         say(f"allowed changes: {'; '.join(map(str, self.changes))}. The learning rate is now {rates}.")
 
+    def _check_left(self, trainer: Trainer) -> None:
+        total, done = trainer.estimated_stepping_batches, trainer.global_step
+        if done >= total:
+            raise UserError(f"With {listed(self.changes)} the whole training has {total} steps, and {done} are done, so "
+                            "that nothing is left to train. Raise --trainer.max_epochs too, or begin a new run from "
+                            f"what was trained: --init_adapter {self._place}")  # fmt: skip
+
+    def _check_state(self, trainer: Trainer) -> None:
+        """Some options have the optimizer keep more for each tensor, and after a first step it takes that for granted."""
+        kept = {name for optimizer in trainer.optimizers for state in optimizer.state.values() for name in state}
+        for option, (own, needed) in _NEEDED.items():
+            if option in self._options and own in kept and needed not in kept and self._chosen(option):
+                raise UserError(f"The optimizer's {option} cannot be switched on in the middle of a run: {needed}, which "
+                                "it needs for that, was not kept from the beginning. Leave the change out, or begin a "
+                                f"new run from what was trained: --init_adapter {self._place}")  # fmt: skip
+
+    def _chosen(self, option: str) -> bool:
+        return any(group.get(option) for group in self._groups)
+
+    @property
+    def _place(self) -> Path:
+        return self.past.folder or self.past.checkpoint
+
 
 _DIFFERENT = {
     "trainer.precision": "The run trained in precision {was}; here {now} was chosen.",
@@ -128,6 +155,14 @@ _DIFFERENT = {
     "code": "The code of {now} is not the one that the run trained with.",
     "base": "The base is not the one that the run trained on: they differ in {now}.",
 }  # fmt: skip
+
+
+_NEEDED = {
+    "amsgrad": ("exp_avg_sq", "max_exp_avg_sq"),
+    "centered": ("square_avg", "grad_avg"),
+    "momentum": ("square_avg", "momentum_buffer"),
+}
+"""By option: what its kind of optimizer (Adam, RMSprop) keeps for each tensor, and what besides with the option."""
 
 
 def _of_optimizer(change: Change) -> set[str]:
