@@ -113,7 +113,7 @@ def test_another_base_is_refused(killed: Path, encoder: Path) -> None:
     [
         ("--model.strategy.rank=4", "has shape (2, 32) in the checkpoint, (4, 32) in the model"),
         ("--model.strategy.lora_plus_ratio=16", "other groups of parameters here than in the run"),
-        ("--optimizer.amsgrad=true", "amsgrad cannot be switched on in the middle of a run: max_exp_avg_sq, which"),
+        ("--optimizer.amsgrad=true", "amsgrad cannot be switched on in mid-run: max_exp_avg_sq, which"),
         ("--data.batch_size=8", "data.batch_size 4 -> 8 the whole training has 6 steps, and 7 are done"),
     ],
 )

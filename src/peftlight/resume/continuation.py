@@ -127,16 +127,16 @@ class Continuation(Callback):
     def _check_left(self, trainer: Trainer) -> None:
         total, done = trainer.estimated_stepping_batches, trainer.global_step
         if done >= total:
-            raise UserError(f"With {listed(self.changes)} the whole training has {total} steps, and {done} are done, so "
-                            "that nothing is left to train. Raise --trainer.max_epochs too, or begin a new run from "
+            raise UserError(f"With {listed(self.changes)} the whole training has {total} steps, and {done} are done: "
+                            "nothing is left to train. Raise --trainer.max_epochs too, or begin a new run from "
                             f"what was trained: --init_adapter {self._place}")  # fmt: skip
 
     def _check_state(self, trainer: Trainer) -> None:
-        """Some options have the optimizer keep more for each tensor, and after a first step it takes that for granted."""
+        """Options have the optimizer keep more for each tensor; after a first step it takes that for granted."""
         kept = {name for optimizer in trainer.optimizers for state in optimizer.state.values() for name in state}
         for option, (own, needed) in _NEEDED.items():
             if option in self._options and own in kept and needed not in kept and self._chosen(option):
-                raise UserError(f"The optimizer's {option} cannot be switched on in the middle of a run: {needed}, which "
+                raise UserError(f"The optimizer's {option} cannot be switched on in mid-run: {needed}, which "
                                 "it needs for that, was not kept from the beginning. Leave the change out, or begin a "
                                 f"new run from what was trained: --init_adapter {self._place}")  # fmt: skip
 
