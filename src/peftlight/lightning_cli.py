@@ -40,6 +40,7 @@ from peftlight.tasks import PEFTModule
 from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.optimizer import DEFAULT_LEARNING_RATE
 from peftlight.tasks.precision import default_precision
+from peftlight.watching import Watch
 
 _DEFAULTS = {
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": DEFAULT_LEARNING_RATE}},
@@ -179,7 +180,10 @@ class PeftlightCLI(LightningCLI):
     def _callbacks(self, folder: Path, config: Any) -> list[Callback]:
         text, seed = self._as_yaml(), self._get(self.config, "seed_everything")
         self.record = RunRecord(folder, text, sys.argv[1:], seed, self.beginning.past, self.beginning.allowed)
-        own = [*self.beginning.callbacks(text), self.record, FirstSteps(self.record), PredictionWriter(folder)]
+        watch = Watch()
+        watch.at_end = lambda error: self._leave(nothing_done=True)  # until the record is there to tell of it
+        begins = self.beginning.callbacks(text)
+        own = [watch, *begins, self.record, FirstSteps(self.record), PredictionWriter(folder)]
         if config.get("enable_progress_bar") is not False:
             own.append(Progress())
         if config.get("enable_checkpointing") is not False:

@@ -78,6 +78,7 @@ def test_a_signal_ends_one_that_waits_for_another_which_never_comes(tmp_path: Pa
     os.kill(ranks.processes[0].pid or 0, signal.SIGTERM)
     assert ranks.ended() == [128 + signal.SIGTERM]
     assert "peftlight: ended by SIGTERM, before all processes had come" in ranks.said()[0]
+    assert not list((tmp_path / "runs").glob("*"))
 
 
 def test_what_all_meet_alike_is_said_once(tmp_path: Path, encoder: Path) -> None:

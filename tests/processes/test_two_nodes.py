@@ -129,6 +129,7 @@ def test_an_error_before_all_have_met_ends_both_nodes_with_its_text(
     failure = f"peftlight: error: process {failing} on node-{failing} failed, and with it the whole run: {text}"
     assert waiting.count(failure) == 1, waiting
     assert "exitcode  : 2" in waiting
+    assert not list((tmp_path / "runs").glob("*"))
 
 
 def wait_for(path: Path, nodes: list[Node]) -> None:

@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from subprocess import Popen
 from typing import Any
@@ -33,15 +33,18 @@ class Arrival:
     processes that this one has started end with it, as they would wait for it.
     """
 
-    def __init__(self, process: int, count: int, started: Sequence[Popen[Any]]) -> None:
+    def __init__(
+        self, process: int, count: int, started: Sequence[Popen[Any]], at_end: Callable[[], object] = lambda: None
+    ) -> None:
         """To be called in the main thread.
 
         Args:
             process: the number of this process.
             count: how many there are.
             started: the processes that this one has started.
+            at_end: called before this process is ended here.
         """
-        self._process, self._count, self._started = process, count, started
+        self._process, self._count, self._started, self._at_end = process, count, started, at_end
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
@@ -112,6 +115,8 @@ class Arrival:
 
     def _leave(self, code: int) -> None:
         self._end_others()
+        with suppress(Exception):  # whatever happens now, it is not what the run failed by
+            self._at_end()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

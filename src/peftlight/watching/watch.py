@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -64,7 +65,8 @@ class Watch(Callback):
         self._link = Link(f"watch {next(_runs)}", trainer.global_rank, trainer.num_nodes == 1, self._hear)
         if threading.current_thread() is threading.main_thread():
             started = getattr(trainer.strategy.launcher, "procs", [])
-            self._arrival = Arrival(trainer.global_rank, trainer.world_size, started)
+            error = OtherProcessFailed("before all processes had come")
+            self._arrival = Arrival(trainer.global_rank, trainer.world_size, started, partial(self.at_end, error))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._arrival is not None:
