@@ -150,6 +150,7 @@ ROOMS = {
     "processes": {"blocks", "strategy", "tasks"},
     "cli": {"resume", "lightning_cli", "config_errors", "commands", "watching"},
     "lightning_cli": {
+        "watching",
         "processes",
         "tasks",
         "data",
