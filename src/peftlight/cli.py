@@ -3,8 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from peftlight import __version__
 from peftlight.environment import settle_environment
@@ -113,13 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.path.append(os.getcwd())  # so that a configuration can name the user's own classes
         with end_at_once_by(signal.SIGTERM):
             return _run([argument.replace("--help-all", "--help") for argument in given])
-    except (UserError, OSError) as error:
-        if traceback:
-            raise
-        lines = (one_line(line) for line in str(error).split("\n"))  # a file's text must not steer the terminal
-        shown = "\n".join(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..." for line in lines)
-        print(f"peftlight: error: {shown}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("peftlight: interrupted", file=sys.stderr)
         return 130  # what shells report of a program that Ctrl-C ended
@@ -127,11 +119,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"peftlight: ended by {stopped.name}", file=sys.stderr)
         return stopped.exit_code
     except Exception as error:
+        code = 1 if traceback else _say(error)
+        _tell_other_machines(error)
         if traceback:
             raise
+        return code
+
+
+def _say(error: Exception) -> int:
+    """Print the error, and return its exit code."""
+    if not isinstance(error, UserError | OSError):
         told = f"{type(error).__name__}: {error}"
         print(f"peftlight: unexpected error: {told}\n  --traceback shows where it happened.", file=sys.stderr)
         return 1
+    lines = (one_line(line) for line in str(error).split("\n"))  # a file's text must not steer the terminal
+    shown = "\n".join(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..." for line in lines)
+    print(f"peftlight: error: {shown}", file=sys.stderr)
+    return 2
+
+
+def _tell_other_machines(error: Exception) -> None:
+    """Under torchrun, where their processes may wait for this one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from peftlight.watching import tell_early
+
+        tell_early(error)
 
 
 def _run(given: list[str]) -> int:
@@ -144,26 +156,12 @@ def _run(given: list[str]) -> int:
     from peftlight.config_errors.given import read_given
     from peftlight.resume.asked import take_out
 
-    with _told_early():
-        read_given(take_out(given)[1])  # a file that is missing or no YAML is refused before seconds of imports
-        from peftlight.lightning_cli import run
+    read_given(take_out(given)[1])  # a file that is missing or no YAML is refused before seconds of imports
+    from peftlight.lightning_cli import run
 
-        with end_at_once_by(signal.SIGINT):  # Lightning would take a KeyboardInterrupt for a failure
-            run(given)
+    with end_at_once_by(signal.SIGINT):  # Lightning would take a KeyboardInterrupt for a failure
+        run(given)
     return 0
-
-
-@contextmanager
-def _told_early() -> Iterator[None]:
-    """Under torchrun, an error within the block is told to the processes on other machines that wait for this one."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt, Stopped) as error:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            from peftlight.watching import tell_early
-
-            tell_early(error)
-        raise
 
 
 def _names_adapter(rest: list[str]) -> bool:

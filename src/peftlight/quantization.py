@@ -252,7 +252,9 @@ def _put_bias_back(layer: nn.Module, inputs: Any, output: Any) -> None:
 def _bitsandbytes() -> Any:
     try:
         return importlib.import_module("bitsandbytes")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "bitsandbytes":
+            raise
         raise UserError("A base in few bits needs the package bitsandbytes: pip install bitsandbytes") from error
 
 

@@ -26,10 +26,10 @@ class Node:
         self.number, self.space = number, f"peftlight-{os.getpid()}-{number}"
         self.cable, self.address = f"pl{os.getpid()}-{number}", f"10.77.0.{number + 1}"
 
-    def torchrun(self, arguments: list[str], folder: Path) -> None:
-        """Start this node's half of a training with one process on each."""
-        meeting = ["--nnodes", "2", "--node-rank", str(self.number), "--nproc-per-node", "1", "--rdzv-backend", "c10d",
-                   "--rdzv-endpoint", "10.77.0.1:29500", "--local-addr", self.address,
+    def torchrun(self, arguments: list[str], folder: Path, count: int = 1) -> None:
+        """Start this node's half of a training with so many processes on each."""
+        meeting = ["--nnodes", "2", "--node-rank", str(self.number), "--nproc-per-node", str(count),
+                   "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29500", "--local-addr", self.address,
                    "--rdzv-conf", f"is_host={1 - self.number},join_timeout=300"]  # fmt: skip
         named = ["unshare", "--uts", "sh", "-c", f'hostname node-{self.number}; exec "$@"', "sh"]
         command = ["ip", "netns", "exec", self.space, *named, sys.executable, "-W", "ignore", "-m",
@@ -77,6 +77,8 @@ def nodes() -> Iterator[list[Node]]:
             if node.space in ip("netns", "list").split():
                 node.lose()
                 ip("netns", "delete", node.space)
+            if hasattr(node, "process"):
+                node.process.wait()
 
 
 def test_one_node_is_lost_and_the_run_goes_on_to_what_one_process_gets(
@@ -113,22 +115,38 @@ def test_one_node_is_lost_and_the_run_goes_on_to_what_one_process_gets(
     assert any(tensor.abs().max() > 1e-3 for name, tensor in one.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [1, 2])
 def test_an_error_before_all_have_met_ends_both_nodes_with_its_text(
     failing: int, nodes: list[Node], tmp_path: Path, encoder: Path
 ) -> None:
-    arguments = [*fit(tmp_path, encoder), "--trainer.num_nodes=2"]
+    """Of processes 0 and 1 on the first node, 2 and 3 on the second."""
+    arguments = [*fit(tmp_path, encoder), *trouble("start", failing), "--trainer.num_nodes=2", "--trainer.devices=2"]
     for node in nodes:
-        wrong = ["--config", "only_there.yaml"] if node.number == failing else []
-        node.torchrun([*arguments, *wrong], tmp_path)
-    assert ended(nodes, seconds=100) == [1, 1]
-    waiting, failed = nodes[1 - failing].said(), nodes[failing].said()
-    assert failed.count("peftlight: error: ") == 1
-    text = failed.partition("peftlight: error: ")[2].splitlines()[0]
-    assert "only_there.yaml" in text
-    failure = f"peftlight: error: process {failing} on node-{failing} failed, and with it the whole run: {text}"
-    assert waiting.count(failure) == 1, waiting
-    assert "exitcode  : 2" in waiting
+        node.torchrun(arguments, tmp_path, count=2)
+    assert ended(nodes) == [1, 1]
+    here, there = (nodes[failing // 2].said(), nodes[1 - failing // 2].said())
+    assert here.count("peftlight: error: the start went wrong\n") == 1, here
+    failure = f"process {failing} on node-{failing // 2} failed, and with it the whole run: the start went wrong\n"
+    assert failure not in here
+    assert f"peftlight: error: {failure}" in there, there
+    assert "exitcode  : 2" in there
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_signal_ends_a_node_that_waits_for_the_other(nodes: list[Node], tmp_path: Path, encoder: Path) -> None:
+    for node in nodes:
+        node.torchrun([*fit(tmp_path, encoder), *trouble("start", 1, "once"), "--trainer.num_nodes=2"], tmp_path)
+    until = time.monotonic() + 300
+    while "Initializing distributed" not in nodes[0].said():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    time.sleep(1)  # it is in torch by now
+    signalled = time.monotonic()
+    nodes[0].process.send_signal(signal.SIGTERM)
+    nodes[0].process.wait(timeout=300)
+    assert time.monotonic() - signalled < 25  # after 30 s torchrun kills
+    nodes[1].lose()
+    assert "peftlight: ended by SIGTERM, before all processes had come" in nodes[0].said()
     assert not list((tmp_path / "runs").glob("*"))
 
 
@@ -140,9 +158,9 @@ def wait_for(path: Path, nodes: list[Node]) -> None:
         time.sleep(0.1)
 
 
-def ended(nodes: list[Node], seconds: float = 300) -> list[int]:
+def ended(nodes: list[Node]) -> list[int]:
     """The exit codes of both nodes."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + 300
     while time.monotonic() < until:
         codes = [node.process.poll() for node in nodes]
         if None not in codes:

@@ -58,6 +58,25 @@ def test_options_of_the_optimizer_change_and_the_rest_of_its_state_stays(killed:
     assert after["betas"] == before["betas"]
 
 
+def test_a_constant_rate_goes_on_beyond_the_steps_of_the_new_plan(fresh: Callable[[], Path]) -> None:
+    folder, constant = fresh(), ["--lr_scheduler=ConstantLR", "--lr_scheduler.factor=1.0"]
+    (folder / "kill").touch()
+    assert forked.peftlight(["fit", "--config", "run.yaml", *constant], folder)[0] == -9
+    resumed(folder, "--data.batch_size=8", "--allow_changes=data.batch_size")
+    assert int(metrics(only_run(folder))[-1]["step"]) >= 7
+    assert float(rates(only_run(folder))[-1]) == pytest.approx(0.01)
+
+
+def test_a_change_does_not_keep_a_training_that_was_over_from_getting_its_adapter(fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    assert forked.peftlight(["fit", "--config", "run.yaml"], folder)[0] == 0
+    run = only_run(folder)
+    shutil.rmtree(run / "adapter")
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"finished"', '"running"'))
+    resumed(folder, "--optimizer.weight_decay=0.3", "--allow_changes", "optimizer.weight_decay")
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_another_optimizer_begins_anew(killed: Path) -> None:
     resumed(killed, "--optimizer=SGD", "--optimizer.lr=0.5", "--optimizer.momentum=0.9", "--allow_changes=optimizer")
     assert group(only_run(killed))["momentum"] == 0.9
@@ -114,7 +133,7 @@ def test_another_base_is_refused(killed: Path, encoder: Path) -> None:
         ("--model.strategy.rank=4", "has shape (2, 32) in the checkpoint, (4, 32) in the model"),
         ("--model.strategy.lora_plus_ratio=16", "other groups of parameters here than in the run"),
         ("--optimizer.amsgrad=true", "amsgrad cannot be switched on in mid-run: max_exp_avg_sq, which"),
-        ("--data.batch_size=8", "data.batch_size 4 -> 8 the whole training has 6 steps, and 7 are done"),
+        ("--data.batch_size=8", "data.batch_size 4 -> 8 the whole training has 6 steps, and 7 are done: its lea"),
     ],
 )
 def test_a_change_that_does_not_fit_leaves_the_run_as_it_was(given: str, told: str, killed: Path) -> None:

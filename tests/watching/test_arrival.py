@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from peftlight.errors import UserError
-from peftlight.watching import arrival
+from peftlight.watching import arrival, early
 from peftlight.watching.arrival import Arrival
 from peftlight.watching.early import EarlyNews, has_early_news, tell_early
 
@@ -17,7 +17,8 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
     """The environment of process 0 of 3, on the second of two machines, and the store that it names."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": "0", "WORLD_SIZE": "3",
-                 "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+                 "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2",
+                 "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0"}  # fmt: skip
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return store
@@ -29,9 +30,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrival, "_LONG", 0.5)
 
 
-def said_while_waiting(process: int, capfd: pytest.CaptureFixture[str], seconds: float = 60) -> str:
+def said_while_waiting(process: int, speaks: bool, capfd: pytest.CaptureFixture[str], seconds: float = 60) -> str:
     """What the process says until it has said something."""
-    waiting, said, until = Arrival(process, 3, []), "", time.monotonic() + seconds
+    waiting, said, until = Arrival(process, speaks, []), "", time.monotonic() + seconds
     while "peftlight" not in said and time.monotonic() < until:
         time.sleep(0.1)
         said += capfd.readouterr().err
@@ -39,28 +40,33 @@ def said_while_waiting(process: int, capfd: pytest.CaptureFixture[str], seconds:
     return said
 
 
-def test_who_waits_for_long_says_for_whom(torchrun: dist.TCPStore, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "process 0 has waited for a minute until all are there, and waits on for processes 1, 2:" in (
-        said_while_waiting(0, capfd)
-    )
-
-
-def test_one_of_them_says_it(
+def test_who_waits_for_long_says_for_whom(
     torchrun: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    EarlyNews().come()
-    monkeypatch.setenv("RANK", "2")
-    assert said_while_waiting(2, capfd, seconds=3).count("has waited") == 0
-    assert "process 1 has waited for a minute" in said_while_waiting(1, capfd)
-
-
-def test_other_launchers_have_no_store_to_ask(capfd: pytest.CaptureFixture[str]) -> None:
-    assert not has_early_news()
-    assert "process 0 has waited for a minute until all are there, and waits on for the other processes:" in (
-        said_while_waiting(0, capfd)
+    assert "process 0 has waited for a minute until all are there, and waits on for processes 1, 2:" in (
+        said_while_waiting(0, True, capfd)
     )
-    assert said_while_waiting(1, capfd, seconds=3) == ""
+    monkeypatch.setenv("RANK", "1")
+    assert "process 1 has waited for a minute until all are there, and waits on for process 2:" in (
+        said_while_waiting(1, True, capfd)
+    )
+
+
+def test_one_on_each_machine_says_it(capfd: pytest.CaptureFixture[str]) -> None:
+    assert said_while_waiting(1, False, capfd, seconds=3) == ""
+
+
+def test_without_a_store_it_is_not_known_for_whom(
+    torchrun: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sentence = "process 2 has waited for a minute until all are there, and waits on for the other processes:"
+    with monkeypatch.context() as unreachable:
+        unreachable.setattr(early, "_REACHED", timedelta(seconds=1))
+        unreachable.setenv("MASTER_PORT", "9")
+        assert sentence in said_while_waiting(2, True, capfd)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert not has_early_news()
+    assert sentence in said_while_waiting(2, True, capfd)
 
 
 def test_of_several_failures_the_first_is_heard(torchrun: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,16 +82,13 @@ def test_of_several_failures_the_first_is_heard(torchrun: dist.TCPStore, monkeyp
 def test_the_machine_of_the_store_stays_until_all_have_heard(
     torchrun: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for rank in (1, 2):
-        monkeypatch.setenv("RANK", str(rank))
-        EarlyNews().end()
-    monkeypatch.setenv("RANK", "0")
+    EarlyNews().end()
     monkeypatch.setenv("GROUP_RANK", "0")
     started = time.monotonic()
     tell_early(UserError("no such file"))
     assert time.monotonic() - started < 20
-    monkeypatch.setattr("peftlight.watching.early._LINGER", 1.0)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # where the others have not come
+    monkeypatch.setattr(early, "_LINGER", 1.0)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # the last of which never says that it ends
     started = time.monotonic()
     tell_early(UserError("no such file"))
     assert time.monotonic() - started > 1
@@ -94,7 +97,7 @@ def test_the_machine_of_the_store_stays_until_all_have_heard(
 def test_a_store_that_is_gone_is_said(
     torchrun: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("peftlight.watching.early._PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr(early, "_REACHED", timedelta(seconds=1))
     monkeypatch.setenv("MASTER_PORT", "9")
     tell_early(UserError("no such file"))
     assert "the other machines could not be told" in capfd.readouterr().err

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +14,7 @@ from peftlight.errors import UserError, listed
 from peftlight.interop.base_hash import Fingerprint, differs, fingerprint
 from peftlight.resume.abandoned import set_aside
 from peftlight.resume.changes import OF_PROCESSES, Change
+from peftlight.resume.limits import reached
 from peftlight.resume.past import Past
 from peftlight.resume.recorded import code_of, versions
 from peftlight.tasks import PEFTModule
@@ -108,12 +108,12 @@ class Continuation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the optimizer its changed options, and the schedule the place it would have come to by this step."""
         if self.changes:
-            self._check_left(trainer)
-            self._check_state(trainer)
+            self._put_into_effect(trainer)
         if trainer.is_global_zero:
             set_aside(self.past)
-        if not self.changes:
-            return
+
+    def _put_into_effect(self, trainer: Trainer) -> None:
+        self._check_state(trainer)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         for group, fresh in zip(groups, self._groups, strict=True):
             group.update({key: value for key, value in fresh.items() if key in self._options})
@@ -122,30 +122,26 @@ class Continuation(Callback):
             if not isinstance(config.scheduler, ReduceLROnPlateau):
                 _advance(config.scheduler, trainer.global_step)
         rates = listed(dict.fromkeys(f"{group['lr']:.4g}" for group in groups))
+        self._check_rates(trainer, rates)
         say(f"allowed changes: {'; '.join(map(str, self.changes))}. The learning rate is now {rates}.")
 
-    def _check_left(self, trainer: Trainer) -> None:
-        total, done = trainer.estimated_stepping_batches, trainer.global_step
-        if done >= total:
+    def _check_rates(self, trainer: Trainer, rates: str) -> None:
+        done, total = trainer.global_step, trainer.estimated_stepping_batches
+        if done >= total > 0 and rates == "0" and not reached(self.past.done, yaml.safe_load(self.config)):
             raise UserError(f"With {listed(self.changes)} the whole training has {total} steps, and {done} are done: "
-                            "nothing is left to train. Raise --trainer.max_epochs too, or begin a new run from "
-                            f"what was trained: --init_adapter {self._place}")  # fmt: skip
+                            "its learning rate is 0 from here on, so that nothing more would be learned. Leave the "
+                            "change out, or raise --trainer.max_epochs too, with --allow_changes trainer.max_epochs"
+                            )  # fmt: skip
 
     def _check_state(self, trainer: Trainer) -> None:
         """Options have the optimizer keep more for each tensor; after a first step it takes that for granted."""
         kept = {name for optimizer in trainer.optimizers for state in optimizer.state.values() for name in state}
         for option, (own, needed) in _NEEDED.items():
-            if option in self._options and own in kept and needed not in kept and self._chosen(option):
-                raise UserError(f"The optimizer's {option} cannot be switched on in mid-run: {needed}, which "
-                                "it needs for that, was not kept from the beginning. Leave the change out, or begin a "
-                                f"new run from what was trained: --init_adapter {self._place}")  # fmt: skip
-
-    def _chosen(self, option: str) -> bool:
-        return any(group.get(option) for group in self._groups)
-
-    @property
-    def _place(self) -> Path:
-        return self.past.folder or self.past.checkpoint
+            chosen = option in self._options and any(group.get(option) for group in self._groups)
+            if chosen and own in kept and needed not in kept:
+                raise UserError(f"The optimizer's {option} cannot be switched on in mid-run: {needed}, which it needs "
+                                "for that, was not kept from the beginning. Leave the change out, or begin a new run "
+                                "with it.")  # fmt: skip
 
 
 _DIFFERENT = {

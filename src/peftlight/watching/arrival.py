@@ -14,8 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from peftlight.errors import listed
-from peftlight.signals import Stopped
-from peftlight.watching.early import EarlyNews, has_early_news, tell_early
+from peftlight.watching.early import EarlyNews, has_early_news
 from peftlight.watching.news import News, stream
 
 _PATIENCE = 3.0
@@ -23,7 +22,7 @@ _PATIENCE = 3.0
 _USUAL = 4.0
 """Seconds in which all come when all is well."""
 _LONG = 60.0
-"""Seconds after which it is said who is waited for."""
+"""Seconds of waiting after which it is said for whom."""
 
 
 class Arrival:
@@ -34,17 +33,18 @@ class Arrival:
     """
 
     def __init__(
-        self, process: int, count: int, started: Sequence[Popen[Any]], at_end: Callable[[], object] = lambda: None
+        self, process: int, speaks: bool, started: Sequence[Popen[Any]], at_end: Callable[[], object] = lambda: None
     ) -> None:
         """To be called in the main thread.
 
         Args:
             process: the number of this process.
-            count: how many there are.
+            speaks: whether it says for its machine that it waits.
             started: the processes that this one has started.
             at_end: called before this process is ended here.
         """
-        self._process, self._count, self._started, self._at_end = process, count, started, at_end
+        self._process, self._speaks, self._started, self._at_end = process, speaks, started, at_end
+        self._began, self._said = time.monotonic(), False
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
@@ -76,7 +76,6 @@ class Arrival:
         if self._over.wait(_PATIENCE) or dist.is_initialized():
             return
         print(f"peftlight: ended by {signal.Signals(number).name}, before all processes had come", file=sys.stderr)
-        tell_early(Stopped(number))
         self._leave(128 + number)
 
     # ---- the others
@@ -84,19 +83,19 @@ class Arrival:
     def _wait(self) -> None:
         if self._over.wait(_USUAL) or dist.is_initialized():
             return
-        with suppress(RuntimeError):  # the store is gone with its machine, which torch notices too
+        with suppress(RuntimeError):  # the store cannot be reached, or is gone with its machine
             self._listen(EarlyNews() if has_early_news() else None)
+        self._listen(None)
 
     def _listen(self, early: EarlyNews | None) -> None:
         if early is not None:
             early.come()
-        said, began = False, time.monotonic()
         while not self._over.wait(0.5) and not dist.is_initialized():
             if early is not None and (news := early.heard()) is not None:
                 self._follow(early, news)
-            if not said and time.monotonic() - began > _LONG:
-                said = True
-                self._say(early)
+            if not self._said and time.monotonic() - self._began > _LONG:
+                self._said = True
+                self._say(early.missing() if early is not None else [])
 
     def _follow(self, early: EarlyNews, news: News) -> None:
         if news.stream != stream():  # else it stands there already
@@ -105,9 +104,8 @@ class Arrival:
             early.end()
         self._leave(news.code)
 
-    def _say(self, early: EarlyNews | None) -> None:
-        missing = early.missing() if early is not None else []
-        if self._process == min({*range(self._count)} - {*missing}, default=0):
+    def _say(self, missing: Sequence[int]) -> None:
+        if self._speaks:
             named = f"{'process' if len(missing) == 1 else 'processes'} {listed(missing)}"
             whom = named if missing else "the other processes"
             print(f"peftlight: process {self._process} has waited for a minute until all are there, and waits on for "

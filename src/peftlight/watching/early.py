@@ -10,7 +10,8 @@ import torch.distributed as dist
 from peftlight.watching.news import News, news_of
 
 _FAILED = "failed"
-_PATIENCE = timedelta(seconds=20)
+_REACHED = timedelta(seconds=20)
+"""Time in which a store answers that is there."""
 _LINGER = 30.0
 """Seconds within which the others, if they still start, come and hear what has failed."""
 
@@ -28,9 +29,8 @@ class EarlyNews:
         """
         self.process, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"peftlight early {attempt}", store)
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_REACHED)
+        self._store = dist.PrefixStore("peftlight early", store)
 
     def come(self) -> None:
         """Say that this process waits for the others."""
@@ -40,7 +40,7 @@ class EarlyNews:
         """The processes that have not come."""
         return [process for process in range(self.count) if not self._store.check([f"come {process}"])]
 
-    def tell(self, error: BaseException) -> None:
+    def tell(self, error: Exception) -> None:
         """Say that this process has failed; of several failures, the first is heard."""
         self._store.compare_set(_FAILED, "", news_of(error, self.process).line().decode())
 
@@ -49,24 +49,29 @@ class EarlyNews:
         return News.of(self._store.get(_FAILED)) if self._store.check([_FAILED]) else None
 
     def end(self) -> None:
-        """Say that this process ends; the store ends with the launcher of the first machine, so there it waits for all.
+        """Say that this process ends, and with it its machine's launcher; that of the first waits for the others.
 
-        To be called last.
+        To be called last: the store ends with the first machine's launcher.
         """
-        self._store.set(f"end {self.process}", "")
-        every, until = [f"end {process}" for process in range(self.count)], time.monotonic() + _LINGER
-        while os.environ.get("GROUP_RANK") == "0" and not self._store.check(every) and time.monotonic() < until:
+        own, count = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
+        self._store.set(f"end {own}", "")
+        machines, until = [f"end {machine}" for machine in range(count)], time.monotonic() + _LINGER
+        while own == 0 and not self._store.check(machines) and time.monotonic() < until:
             time.sleep(0.2)
 
 
 def has_early_news() -> bool:
-    """Whether there is such a store."""
-    shared, here, every = map(os.environ.get, ("TORCHELASTIC_USE_AGENT_STORE", "LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    return shared == "True" and here != every and not dist.is_initialized()
+    """Whether there is such a store, and nothing else ends the others: torchrun with restarts starts all anew."""
+    names = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_MAX_RESTARTS", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    shared, restarts, here, everywhere = map(os.environ.get, names)
+    return shared == "True" and restarts == "0" and here != everywhere and not dist.is_initialized()
 
 
-def tell_early(error: BaseException) -> None:
-    """Tell the processes that wait on other machines that this one will not come."""
+def tell_early(error: Exception) -> None:
+    """Tell the processes that wait on other machines that this one will not come.
+
+    To be called once the error is said here, as it may wait, and be ended.
+    """
     if not has_early_news():
         return
     try:

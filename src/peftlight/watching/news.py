@@ -54,7 +54,7 @@ LEFT = b"{}\n"
 
 def news_of(exception: BaseException, process: int) -> News:
     """That this process ends by the exception."""
-    if isinstance(exception, UserError):
+    if isinstance(exception, UserError | OSError):  # as the command line ends by these
         text, code = str(exception), 2
     elif isinstance(exception, Exception):
         text, code = f"{type(exception).__name__}: {exception}", 1

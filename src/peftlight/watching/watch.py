@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from peftlight.signals import StoppedTogether
@@ -66,7 +67,8 @@ class Watch(Callback):
         if threading.current_thread() is threading.main_thread():
             started = getattr(trainer.strategy.launcher, "procs", [])
             error = OtherProcessFailed("before all processes had come")
-            self._arrival = Arrival(trainer.global_rank, trainer.world_size, started, partial(self.at_end, error))
+            at_end = partial(self.at_end, error)
+            self._arrival = Arrival(trainer.global_rank, trainer.local_rank == 0, started, at_end)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._arrival is not None:
@@ -88,7 +90,7 @@ class Watch(Callback):
         if self._arrival is not None:
             _hold_launcher_back()
             self._arrival.failed()
-        if self._link is None:
+        if self._link is None or not dist.is_initialized():
             return
         if isinstance(exception, StoppedTogether):
             self._leave()  # the others end by themselves, however long their last words take
