@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import peftlight
 from bad_inputs.kit import fill
 from bad_inputs.outcome import outcome, working_folder
 from errors_page import DOCUMENT, ROWS, documented, page, plain
@@ -27,10 +29,10 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_classes_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages list all classes that are imported, and other tests and the documentation's examples define some."""
-    every, theirs = places._subclasses, {Path(__file__).parent, Path(__file__).parents[1] / "docs"}
+    every, installed = places._subclasses, {Path(peftlight.__file__).parent, Path(torch.__file__).parents[1]}
 
     def without(kind: type) -> Iterator[type]:
-        return (child for child in every(kind) if not theirs & {*Path(_file_of(child)).parents})
+        return (child for child in every(kind) if installed & {*Path(_file_of(child)).parents})
 
     monkeypatch.setattr(places, "_subclasses", without)
 
