@@ -24,9 +24,9 @@ class Trouble(Callback):
 
     def __init__(self, where: str = "nowhere", rank: int = -1, kind: str = "user", at: int = 3):
         self.where, self.rank, self.kind, self.at = where, rank, kind, at
-        while where == "start" and kind == "once" and os.environ["RANK"] == str(rank):
-            time.sleep(1)  # until the whole machine is lost
         if where == "start" and os.environ["RANK"] == str(rank):
+            while kind == "once":
+                time.sleep(1)  # until the whole machine is lost
             raise UserError("the start went wrong")
 
     def meet(self, trainer, where):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -92,7 +92,7 @@ def test_one_node_is_lost_and_the_run_goes_on_to_what_one_process_gets(
     arguments = [*fit(tmp_path, encoder, **settings), *trouble("step", 1, "once", at=8), "--trainer.num_nodes=2"]
     for node in nodes:
         node.torchrun(arguments, tmp_path)
-    wait_for(tmp_path / "when", nodes)
+    wait_for((tmp_path / "when").exists, nodes)
     nodes[1].lose()
     lost = time.monotonic()
     assert ended(nodes) == [1, -signal.SIGKILL], nodes[0].said()
@@ -136,10 +136,7 @@ def test_an_error_before_all_have_met_ends_both_nodes_with_its_text(
 def test_a_signal_ends_a_node_that_waits_for_the_other(nodes: list[Node], tmp_path: Path, encoder: Path) -> None:
     for node in nodes:
         node.torchrun([*fit(tmp_path, encoder), *trouble("start", 1, "once"), "--trainer.num_nodes=2"], tmp_path)
-    until = time.monotonic() + 300
-    while "Initializing distributed" not in nodes[0].said():
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_for(lambda: "Initializing distributed" in nodes[0].said(), nodes)
     time.sleep(1)  # it is in torch by now
     signalled = time.monotonic()
     nodes[0].process.send_signal(signal.SIGTERM)
@@ -150,9 +147,10 @@ def test_a_signal_ends_a_node_that_waits_for_the_other(nodes: list[Node], tmp_pa
     assert not list((tmp_path / "runs").glob("*"))
 
 
-def wait_for(path: Path, nodes: list[Node]) -> None:
+def wait_for(condition: Callable[[], bool], nodes: list[Node]) -> None:
+    """Until it holds, while both nodes run."""
     until = time.monotonic() + 300
-    while not path.exists():
+    while not condition():
         assert [node.process.poll() for node in nodes] == [None, None], [node.said() for node in nodes]
         assert time.monotonic() < until
         time.sleep(0.1)

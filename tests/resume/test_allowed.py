@@ -62,8 +62,9 @@ def test_a_constant_rate_goes_on_beyond_the_steps_of_the_new_plan(fresh: Callabl
     folder, constant = fresh(), ["--lr_scheduler=ConstantLR", "--lr_scheduler.factor=1.0"]
     (folder / "kill").touch()
     assert forked.peftlight(["fit", "--config", "run.yaml", *constant], folder)[0] == -9
+    before = int(metrics(only_run(folder))[-1]["step"])
     resumed(folder, "--data.batch_size=8", "--allow_changes=data.batch_size")
-    assert int(metrics(only_run(folder))[-1]["step"]) >= 7
+    assert int(metrics(only_run(folder))[-1]["step"]) > before
     assert float(rates(only_run(folder))[-1]) == pytest.approx(0.01)
 
 
