@@ -104,7 +104,8 @@ class Liveness:
         changed = sorted(name for name, value in self._base.items() if base.get(name) != value)
         if changed:
             raise UserError(
-                f"The frozen base changed while it was trained: {listed(changed)}. The adapter is not saved."
+                f"The frozen base changed while it was trained: {listed(changed)}. An adapter holds what trains alone, and "
+                "on the base as it was it would compute something else."
             )
         now = _checksums(self.adapter.parameters().items())
         trained = [Trained(name, name in self._had_gradient, now.get(name) != old) for name, old in self._start.items()]
@@ -118,6 +119,11 @@ class Liveness:
             for name, tensor in named:
                 if name in saved and name not in own and not tensor.requires_grad:
                     yield name, tensor
+
+
+def state_checksum(adapter: Adapter) -> str:
+    """Of all that the adapter keeps; two states that differ in one value differ in it. Sharded, all processes ask."""
+    return hashlib.sha256(repr(sorted(_checksums(adapter.state().items()).items())).encode()).hexdigest()[:16]
 
 
 def _checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:

@@ -155,7 +155,7 @@ def test_a_limit_that_is_over_trains_nothing_more(
 ) -> None:
     fit(tmp_path, At(3, an_hour_passes), max_time={"hours": 1})
     again = fit(tmp_path, resumed=tmp_path / "checkpoints" / "last.ckpt", max_time={"hours": 1})
-    assert again.events == []
+    assert {event[0] for event in again.events} == {"validation", "logged"}  # of what the adapter holds
     assert "the time limit counts the whole training, and is over" in capsys.readouterr().out
 
 

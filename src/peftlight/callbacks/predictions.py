@@ -12,7 +12,7 @@ from rich.table import Table
 from peftlight.console import say
 from peftlight.files import write_text
 from peftlight.gather import gathered
-from peftlight.tasks import PEFTModule
+from peftlight.tasks import PEFTModule, TaskCallback
 
 
 class PredictionWriter(Callback):
@@ -42,7 +42,7 @@ def as_lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
 
 
-class ShowPredictions(Callback):
+class ShowPredictions(TaskCallback):
     """Prints the model's predictions for a few texts when a fit ends."""
 
     def __init__(self, texts: list[str]) -> None:
@@ -52,18 +52,17 @@ class ShowPredictions(Callback):
         """
         self.texts = texts
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, PEFTModule)
-        tokenizer = pl_module.tokenizer()
-        modes = {module: module.training for module in pl_module.modules()}
-        pl_module.eval()
+    def after_training(self, trainer: Trainer, module: PEFTModule) -> None:
+        tokenizer = module.tokenizer()
+        modes = {each: each.training for each in module.modules()}
+        module.eval()
         records: list[dict[str, Any]] = []
         with torch.inference_mode(), trainer.precision_plugin.predict_step_context():
             for number, text in enumerate(self.texts):  # one by one: nothing to pad at the right or wrong side
-                batch = dict(tokenizer(text, return_tensors="pt", truncation=True).to(pl_module.device))
-                records += pl_module.predict_step({**batch, "row": torch.tensor([number])}, 0)
-        for module, training in modes.items():
-            module.training = training
+                batch = dict(tokenizer(text, return_tensors="pt", truncation=True).to(module.device))
+                records += module.predict_step({**batch, "row": torch.tensor([number])}, 0)
+        for each, training in modes.items():
+            each.training = training
         table = Table(title="predictions", title_justify="left")
         columns = [key for key in records[0] if key in ("label", "probability", "completion", "generated")]
         for name in ("text", *columns):

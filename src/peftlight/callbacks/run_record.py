@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from peftlight.callbacks.adapter_record import adapter_record
 from peftlight.callbacks.curves import draw_curves
@@ -28,13 +28,16 @@ from peftlight.resume.past import Past, read_run
 from peftlight.resume.recorded import KEY, Recorded, facts_of, versions
 from peftlight.shards import is_sharded
 from peftlight.signals import Stopped, StoppedTogether
-from peftlight.tasks import PEFTModule
+from peftlight.tasks import PEFTModule, TaskCallback
 from peftlight.watching import Watch
 
 Metrics = dict[str, float | None]
 
+UNVERIFIED = "adapter-unverified"
+"""The folder of what was trained where the audit fails."""
 
-class RunRecord(Callback):
+
+class RunRecord(TaskCallback):
     """Keeps config.yaml, run.json, log.txt, metrics.csv, curves.png and adapter/ in the run's own folder."""
 
     def __init__(
@@ -66,6 +69,8 @@ class RunRecord(Callback):
         self._started = time.time() - before.get("seconds", 0.0)
         self._trained_before, self._training_since = before.get("training_seconds", 0.0), time.monotonic()
         self._log: logging.Handler | None = None
+        self._outdated: set[str] = set()
+        self._handed_on = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size > 1:  # those that the first process did not start itself do not know the folder yet
@@ -148,22 +153,30 @@ class RunRecord(Callback):
             "values": values,
         }
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, PEFTModule):
-            return
-        assert pl_module.adapter is not None
-        verdict = pl_module.audit()
+    def after_training(self, trainer: Trainer, module: PEFTModule) -> None:
+        """Save what stands; what the audit does not vouch for is saved aside.
+
+        Raises:
+            UserError: the audit fails.
+        """
+        self._handed_on = True
+        try:
+            verdict = module.audit()
+        except UserError as error:
+            self._save(trainer, module, self._seen, UNVERIFIED)  # no waiting: it may have failed in this process alone
+            raise UserError(f"{error} {_aside(self.folder / UNVERIFIED)}") from None
         if self.past is None or trainer.global_step > self.past.step:  # without a step nothing could move
             if trainer.is_global_zero:
                 say(str(verdict))
             self.record["audit"] = {**_plain(verdict), "trained": [_plain(tensor) for tensor in verdict.trained]}
-        self._save(trainer, pl_module)
+        self._outdated = module.ending.outdated_metrics()
+        self._save(trainer, module, self._values(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A training that was over and ended before its adapter was saved has no step to do when it is resumed."""
-        if self.past is not None and not self.began and isinstance(pl_module, PEFTModule):
+        if isinstance(pl_module, PEFTModule) and not self._handed_on and (self.began or self.past is not None):
             self._begin(trainer)
-            self._save(trainer, pl_module)
+            self.after_training(trainer, pl_module)
 
     def _begin(self, trainer: Trainer) -> None:
         self.began = True
@@ -176,21 +189,23 @@ class RunRecord(Callback):
         """Whether a run is to go on here that has not yet: should it be refused, it stays as it was."""
         return not self.began and self.past is not None and self.past.folder == self.folder
 
-    def _save(self, trainer: Trainer, module: PEFTModule) -> None:
+    def _save(self, trainer: Trainer, module: PEFTModule, values: Metrics, name: str = "adapter") -> None:
         assert module.adapter is not None
-        values = self._values(trainer)
         if not getattr(trainer, "fast_dev_run", 0) and (trainer.is_global_zero or is_sharded(module.adapter.model)):
             record = adapter_record(trainer, module, self.record, values)
-            save_adapter(module.adapter, self.folder / "adapter", record)
+            save_adapter(module.adapter, self.folder / name, record)
 
     def _values(self, trainer: Trainer) -> Metrics:
         """All metrics as last logged, before a resume too; None where one was not a finite number.
+
+        Once the adapter is saved, those of a validation of something else are left out.
 
         Those of an epoch may still have to be reduced over the processes: all of them have to call this.
         """
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._seen = {**self._before, **finite}
+        seen = {**self._before, **finite}
+        self._seen = {name: value for name, value in seen.items() if name not in self._outdated}
         return self._seen
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -283,6 +298,13 @@ def _plan(trainer: Trainer, module: PEFTModule) -> str:
         parts.append(f"{size} rows each ({batch} x {trainer.accumulate_grad_batches} accumulated x "
                      f"{trainer.world_size} processes{machines})")  # fmt: skip
     return f"{', '.join(parts)}; precision {trainer.precision}"
+
+
+def _aside(folder: Path) -> str:
+    return (
+        f"What was trained is not lost: it is in {folder}, and not in adapter/. On a base as it was it loads with "
+        "load_adapter(base, folder, other_base=True); evaluate it before you use it."
+    )
 
 
 def _now() -> str:

@@ -12,12 +12,14 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 
 from peftlight.callbacks.checkpoints import Checkpoints
 from peftlight.callbacks.wishes import Wishes
 from peftlight.console import say
 from peftlight.signals import StoppedTogether, give_back, take
+from peftlight.tasks import PEFTModule
 
 TIME_IS_UP = 1
 """Less than any signal's number that is heard, so that a signal goes first."""
@@ -29,13 +31,15 @@ class Stopping(Callback):
     """Ends a training at the next optimizer step, or within a validation at its next batch, and saves a checkpoint.
 
     SIGTERM, Ctrl-C, SIGUSR1 and the signal by which SLURM announces its limit end the program with 128 and their number
-    as exit code; `Trainer(max_time=...)` ends the fit. A signal to any process ends all of them at the same step: they
+    as exit code, at once: nothing is validated, and no adapter saved. `Trainer(max_time=...)` ends the fit, which is
+    validated and saved as at any end; a validation under way comes to its end first. So it does for a signal where a
+    callback has exchanged the weights for it: a checkpoint would hold the wrong ones. A signal to any process ends all of them at the same step: they
     exchange a number at each and learn of it at the next, so that none has to wait. A second Ctrl-C ends at once, and
     so does every signal before the training.
     """
 
     def __init__(self) -> None:
-        self._wish = self._step = 0
+        self._wish = self._step = self._put_off = 0
         self._common: float = 0
         self._pressed = 0.0
         self._process = os.getpid()
@@ -106,14 +110,15 @@ class Stopping(Callback):
     ) -> None:
         if trainer.global_step != self._step:
             self._step = trainer.global_step
-            self._end_if_wished(trainer)
+            if wish := self._wish_of_all(trainer):
+                self._end(trainer, wish)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._training:
             batches = sum(trainer.num_val_batches)
             if not self._wishes.alone:  # a process may have fewer than others; infinite is not known
                 batches = -self._wishes.greatest(0 if batches == float("inf") else -int(batches))
-            self._common = batches
+            self._common, self._put_off = batches, 0
 
     def on_validation_batch_end(
         self,
@@ -126,16 +131,24 @@ class Stopping(Callback):
     ) -> None:
         if self._training and self._common > 0:
             self._common -= 1
-            self._end_if_wished(trainer)
+            wish = self._wish_of_all(trainer)
+            exchanged = isinstance(pl_module, PEFTModule) and pl_module.ending.exchanged
+            if wish > TIME_IS_UP and not exchanged:
+                self._end(trainer, wish)
+            self._put_off = max(self._put_off, wish)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._training and self._put_off:
+            self._end(trainer, self._put_off)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._training = False
         self._wishes.stop()
 
-    def _end_if_wished(self, trainer: Trainer) -> None:
-        wish = self._wishes.exchange(self._wish or _time_is_up(trainer))
-        if wish == 0:
-            return
+    def _wish_of_all(self, trainer: Trainer) -> int:
+        return self._wishes.exchange(self._wish or _time_is_up(trainer))
+
+    def _end(self, trainer: Trainer, wish: int) -> NoReturn:
         why = "its time limit" if wish == TIME_IS_UP else signal.Signals(wish).name
         say(f"ended by {why} at step {trainer.global_step}; {_how_to_go_on(_save(trainer), wish)}")
         if wish == TIME_IS_UP:
@@ -154,6 +167,9 @@ def _end_fit(trainer: Trainer) -> NoReturn:
     """As if the training had been shorter, but without the end of an epoch, which would count it as whole."""
     trainer.should_stop = trainer.training = True
     trainer.fit_loop.on_run_end()
+    trainer._teardown()
+    call._call_callback_hooks(trainer, "on_fit_end")
+    call._call_lightning_module_hook(trainer, "on_fit_end")
     raise _TunerExitException  # Lightning's way out of a fit that neither fails nor goes on
 
 

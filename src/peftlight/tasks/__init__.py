@@ -6,6 +6,7 @@ from peftlight.tasks.image_classification import ImageClassification
 from peftlight.tasks.schedule import LinearWarmup
 from peftlight.tasks.seq2seq import Seq2Seq
 from peftlight.tasks.sequence_classification import SequenceClassification
+from peftlight.tasks.task_callback import TaskCallback
 from peftlight.tasks.token_classification import TokenClassification
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "PEFTModule",
     "Seq2Seq",
     "SequenceClassification",
+    "TaskCallback",
     "TokenClassification",
 ]

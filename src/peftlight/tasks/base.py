@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
@@ -21,6 +22,7 @@ from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
 from peftlight.tasks.distribution import refuse_other_distribution
+from peftlight.tasks.ending import Ending, Validated
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
 from peftlight.tasks.optimizer_step import OptimizerStep
 from peftlight.tasks.preparation import Initial, prepare_strategy
@@ -80,7 +82,7 @@ class PEFTModule(LightningModule):
         self.adapter: Adapter | None = None
         self.verdict: Verdict | None = None
         self._step, self._tokens = OptimizerStep(self), TokenRate()
-        self._state = TrainingState(self, self._step.window)
+        self._state, self.ending = TrainingState(self, self._step.window), Ending(self)
         self.allow_changes: set[str] = set()
         """What may differ from the training that a checkpoint is of, by name: "processes"."""
         self.goes_on = False
@@ -177,18 +179,20 @@ class PEFTModule(LightningModule):
     # ---- training
 
     def configure_callbacks(self) -> list[Callback]:
-        """The guard, unless the trainer has one with settings of its own; and the watch over several processes."""
+        """The guard, unless the trainer has one with settings of its own; the watch over several processes; and what
+        notes which state was validated."""
         trainer: Any = self.trainer
         keep_watch(trainer)
         given = [callback for callback in trainer.callbacks if isinstance(callback, Guard)]
         self.guard = given[0] if given else self.guard
-        return [] if given else [self.guard]
+        return [*([] if given else [self.guard]), Validated(self.ending)]
 
     def on_fit_start(self) -> None:
         """What has to be right before the first step, and what is counted from it on."""
         assert self.adapter is not None
         put_in_train_mode(self.adapter)
         self._step.start(self.adapter)
+        self.ending.start()
         self.verdict = None
         if self.strategy.uses("check_steps"):  # a run without an end may be all right
             self.strategy.check_steps(self.total_steps())
@@ -238,7 +242,15 @@ class PEFTModule(LightningModule):
         return dict(self.strategy.figures(self.adapter))
 
     def on_train_end(self) -> None:
-        self.audit()
+        """After the callbacks': what stands now is audited, validated where that is still to be done, and kept."""
+        self.ending.conclude()
+
+    def on_fit_end(self) -> None:
+        self.ending.look_again()
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """A block after the last step; a training that goes on from a checkpoint knows nothing of it."""
+        return self._state.undisturbed()
 
     def audit(self) -> Verdict:
         """What the training did to each trained tensor and to the frozen base; taken once, at the end of a fit."""
@@ -252,6 +264,7 @@ class PEFTModule(LightningModule):
 
     def on_validation_model_eval(self) -> None:
         self._state.validation_starts()
+        self.ending.validation_begins()
         super().on_validation_model_eval()
 
     def on_validation_end(self) -> None:
@@ -295,9 +308,11 @@ class PEFTModule(LightningModule):
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
         keep_trained(self, checkpoint)
         self._state.save(checkpoint)
+        self.ending.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._state.load(checkpoint)
+        self.ending.load(checkpoint)
         warn_of_other_base(self, checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -98,6 +98,34 @@ def go_on(trainer: Trainer, progress: Progress) -> None:
         trainer.should_stop = True
 
 
+def validate(trainer: Trainer) -> None:
+    """Run a validation when the last step is done, logged as of it; the loops stand where they stood."""
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    _ = trainer.callback_metrics  # so that those of the training are counted in
+    first = connector._first_loop_iter
+    trainer.validating, loop.val_loop.restarting = True, False
+    connector.reset_results()  # a validation may have been broken off
+    loop._batches_that_stepped -= 1  # for loggers; Lightning has counted the step already
+    try:
+        loop.val_loop.run()
+    finally:
+        loop._batches_that_stepped += 1
+        trainer.training = True
+        connector._first_loop_iter = first
+
+
+@contextmanager
+def as_before_validate(trainer: Trainer) -> Iterator[None]:
+    """Within the block, which lies within `validate`, the loops say what they said before it."""
+    trainer.training = True
+    trainer.fit_loop.epoch_loop._batches_that_stepped += 1
+    try:
+        yield
+    finally:
+        trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
+        trainer.validating = True
+
+
 def count_steps(trainer: Trainer, progress: Progress) -> None:
     """Show Lightning all steps again; a validation that was still to come has to have begun."""
     trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = progress["steps"]

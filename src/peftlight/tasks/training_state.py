@@ -1,6 +1,8 @@
 """What a checkpoint holds beside Lightning's own, so that a training goes on from it bit for bit."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +31,7 @@ class TrainingState:
     def __init__(self, module: "PEFTModule", window: LabelWindow) -> None:
         self._module, self._window = module, window
         self._random: dict[str, Any] = {}
+        self._set_aside: dict[str, Any] | None = None
         self._epoch: dict[str, Any] | None = None
         self._past: dict[str, Any] | None = None
         self._progress: loop_progress.Progress | None = None
@@ -46,9 +49,11 @@ class TrainingState:
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or "optimizer_states" not in checkpoint:
             return
         loader = {"begun": self._epoch, "generators": loader_position.generator_states(trainer)}
-        progress = loop_progress.progress_of(trainer)
+        ended = self._set_aside is not None
+        with loop_progress.as_before_validate(trainer) if ended and trainer.validating else nullcontext():
+            progress = loop_progress.progress_of(trainer)
         repeats = trainer.validating and progress["validates"]  # the validation, as a whole
-        random = self._random if repeats else random_state.taken()
+        random = self._set_aside or (self._random if repeats else random_state.taken())
         mine = {"random": random, "loader": loader, "window": self._open_window()}
         parts = gathered(mine)
         checkpoint["random_states"] = [part["random"] for part in parts]
@@ -103,6 +108,16 @@ class TrainingState:
         random_state.put_back(self._random)
         loop_progress.go_on(trainer, past["progress"])
         self._progress = past["progress"] if past["progress"]["validates"] else None
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Within the block the training is over: were it to go on, it would know nothing of what is drawn there."""
+        self._set_aside = random_state.taken()
+        try:
+            yield
+        finally:
+            random_state.put_back(self._set_aside)
+            self._set_aside = None
 
     def batch_ends(self) -> None:
         """Note with which random numbers a validation begins, should one come now."""
