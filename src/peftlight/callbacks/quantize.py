@@ -2,16 +2,16 @@
 
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from peftlight.errors import UserError
 from peftlight.quantization import Quantization
-from peftlight.tasks import PEFTModule
+from peftlight.tasks import PEFTModule, TaskCallback
 
 _SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 
 
-class Quantize(Callback):
+class Quantize(TaskCallback):
     """Holds the base's linear layers in 4 or 8 bits; adapters, heads and normalisations stay in full precision."""
 
     def __init__(
@@ -38,14 +38,15 @@ class Quantize(Callback):
         self.adapter_dtype = adapter_dtype
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Comes before `configure_model`, which loads the base."""
-        _refuse_others(trainer)
         if not isinstance(pl_module, PEFTModule):
             raise UserError(f"Quantize needs a task of peftlight; {type(pl_module).__name__} is none.")
+
+    def before_base(self, trainer: Trainer, module: PEFTModule) -> None:
+        _refuse_others(trainer)
         asked = (self.quantization, self.adapter_dtype)
-        if pl_module.adapter is not None and (pl_module.quantization, pl_module.adapter_dtype) != asked:
+        if module.adapter is not None and (module.quantization, module.adapter_dtype) != asked:
             raise UserError("Quantize comes too late: the base is loaded already. Make a new task for it.")
-        pl_module.quantization, pl_module.adapter_dtype = self.quantization, self.adapter_dtype
+        module.quantization, module.adapter_dtype = self.quantization, self.adapter_dtype
 
 
 def _refuse_others(trainer: Any) -> None:

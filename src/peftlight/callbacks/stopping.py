@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.trainer import call
@@ -19,7 +19,7 @@ from peftlight.callbacks.checkpoints import Checkpoints
 from peftlight.callbacks.wishes import Wishes
 from peftlight.console import say
 from peftlight.signals import StoppedTogether, give_back, take
-from peftlight.tasks import PEFTModule
+from peftlight.tasks import PEFTModule, TaskCallback
 
 TIME_IS_UP = 1
 """Less than any signal's number that is heard, so that a signal goes first."""
@@ -27,7 +27,7 @@ _SAME_PRESS = 1.0
 """Seconds within which another Ctrl-C is the same one, passed on by the terminal and by a launcher."""
 
 
-class Stopping(Callback):
+class Stopping(TaskCallback):
     """Ends a training at the next optimizer step, or within a validation at its next batch, and saves a checkpoint.
 
     SIGTERM, Ctrl-C, SIGUSR1 and the signal by which SLURM announces its limit end the program with 128 and their number
@@ -49,11 +49,15 @@ class Stopping(Callback):
 
     # ---- signals
 
+    def before_base(self, trainer: Trainer, module: PEFTModule) -> None:
+        if trainer.state.fn == "fit":
+            self.setup(trainer, module, "fit")
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Comes before the workers of data loaders start, which are to leave Ctrl-C to this process."""
-        if stage != "fit":
+        if stage != "fit" or self._former:
             return
-        self._former, self._wish, self._process = {}, 0, os.getpid()
+        self._wish, self._process = 0, os.getpid()
         self._listen(trainer)
         if getattr(_environment(trainer), "auto_requeue", False):
             say("this job does not put itself back into SLURM's queue: when SLURM announces its limit, a checkpoint is "
@@ -68,6 +72,7 @@ class Stopping(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._training = False
         give_back(self._former)
+        self._former = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

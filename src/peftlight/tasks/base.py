@@ -1,13 +1,15 @@
 """What every task shares: the model with its strategy, the loss per label, the optimizer, and what is saved."""
 
+import copy
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -22,6 +24,8 @@ from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
 from peftlight.tasks.distribution import refuse_other_distribution
+from peftlight.tasks.copies import copied, move_own, shown
+from peftlight.tasks.early_base import load_base_early
 from peftlight.tasks.ending import Ending, Validated
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
 from peftlight.tasks.optimizer_step import OptimizerStep
@@ -30,7 +34,7 @@ from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.schedule import LinearWarmup
 from peftlight.tasks.token_rate import TokenRate
 from peftlight.tasks.train_mode import put_in_train_mode
-from peftlight.tasks.trained_content import keep_trained, warn_of_other_base
+from peftlight.tasks.trained_content import forget_frozen, keep_trained, warn_of_other_base
 from peftlight.tasks.training_state import TrainingState
 from peftlight.tasks.vocabulary import check_vocabulary
 from peftlight.watching import keep_watch
@@ -88,6 +92,9 @@ class PEFTModule(LightningModule):
         self.goes_on = False
         """Whether a checkpoint is to come, which the trainer does not say yet when the model is made."""
         self.guard = Guard()
+        self.own_in_copy: frozenset[str] | None = None
+        """Of a copy made in a training: names of what it does not share with the task; see `copies.py`."""
+        self.register_load_state_dict_post_hook(forget_frozen)
         self._last_step = 0
         self._prepared = False
         self.initial: Initial | None = None
@@ -179,9 +186,10 @@ class PEFTModule(LightningModule):
     # ---- training
 
     def configure_callbacks(self) -> list[Callback]:
-        """The guard, unless the trainer has one with settings of its own; the watch over several processes; and what
-        notes which state was validated."""
+        """The guard, unless the trainer has one with settings of its own; the watch over several processes; what loads
+        the base before other callbacks look at it; and what notes which state was validated."""
         trainer: Any = self.trainer
+        load_base_early(trainer)
         keep_watch(trainer)
         given = [callback for callback in trainer.callbacks if isinstance(callback, Guard)]
         self.guard = given[0] if given else self.guard
@@ -322,10 +330,43 @@ class PEFTModule(LightningModule):
         """
         self.configure_model()
         assert self.adapter is not None
-        base = self.state_dict().keys() - self.own_state()
+        base = super().state_dict().keys() - self.own_state()
         state = {key.removeprefix("model."): value for key, value in state_dict.items() if key not in base}
         self.adapter.load_state(state, "the checkpoint")
         return _IncompatibleKeys([], [])
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """What is trained, in the whole module's names; the frozen base is loaded from where it came."""
+        found: dict[str, Any] = super().state_dict(*args, **options)
+        if self.adapter is not None:
+            prefix, own = options.get("prefix", ""), self.own_state()
+            for key in [key for key in found if key.startswith(prefix) and key.removeprefix(prefix) not in own]:
+                del found[key]
+        return found
+
+    # ---- copies within a training: they share the frozen tensors
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PEFTModule":
+        if self._trainer and self.trainer.state.fn == TrainerFn.FITTING and self.trainer.state.stage is not None:
+            return copied(self, memo)
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
+    def named_parameters(self, prefix: str = "", *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        found = super().named_parameters(prefix, *args, **options)
+        return found if self.own_in_copy is None else shown(found, self.own_in_copy, prefix)
+
+    def named_buffers(self, prefix: str = "", *args: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        found = super().named_buffers(prefix, *args, **options)
+        return found if self.own_in_copy is None else shown(found, self.own_in_copy, prefix)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.own_in_copy is None:
+            return super()._apply(fn, recurse)
+        move_own(self, self.own_in_copy, fn)
+        return self
 
     def own_state(self) -> set[str]:
         """Keys of the state dict that are the adapter's."""

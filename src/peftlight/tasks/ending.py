@@ -10,6 +10,7 @@ from peftlight.gather import gathered
 from peftlight.liveness import state_checksum
 from peftlight.shards import is_sharded
 from peftlight.tasks import loop_progress
+from peftlight.tasks.early_base import is_ours
 from peftlight.tasks.task_callback import TaskCallback
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Ending:
             loop_progress.validate(trainer)
             if self.last is not None and self._is_due():  # a callback has others in the model at each validation
                 callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-                trainer.callbacks = [one for one in callbacks if _is_ours(one)]  # type: ignore[attr-defined]
+                trainer.callbacks = [one for one in callbacks if is_ours(one)]  # type: ignore[attr-defined]
                 try:
                     loop_progress.validate(trainer)
                 finally:
@@ -187,7 +188,3 @@ class Validated(Callback):
 
 def _counts(trainer: Trainer) -> bool:
     return trainer.state.fn == "fit" and not trainer.sanity_checking
-
-
-def _is_ours(callback: Callback) -> bool:
-    return type(callback).__module__.startswith("peftlight.")

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 class TaskCallback(Callback):
     """A callback of a task of peftlight; both moments do nothing unless they are overridden."""
 
+    def before_base(self, trainer: Trainer, module: "PEFTModule") -> None:
+        """Called before the base is loaded, wherever the callback stands; the user's callbacks see it in `setup`."""
+
     def after_training(self, trainer: Trainer, module: "PEFTModule") -> None:
         """Called when a training has ended and every `on_train_end` is done: what stands now is what is kept.
 
