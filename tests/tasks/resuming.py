@@ -136,7 +136,7 @@ def train(
     data: Callable[[], LightningDataModule] = lambda: Ours(source="", batch_size=3),
     strategy: Callable[[], PEFTStrategy] = lambda: LoRA(rank=2, dropout=0.2),
     module: Callable[[PEFTStrategy], PEFTModule] = lambda strategy: SequenceClassification(make("bert", 0.1), strategy),
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback] | Callable[[], Sequence[Callback]] = (),
     save: Path | None = None,
     trainer_strategy: str = "auto",
     **options: Any,
@@ -151,7 +151,7 @@ def train(
     saver = [SaveEverywhere(save, note)] if save else []
     settings: dict[str, Any] = {"max_epochs": 2, "logger": NotedLogger(note), "enable_checkpointing": bool(saver),
                                 "strategy": trainer_strategy, **options}  # fmt: skip
-    trainer = quiet_trainer(folder, [note, *callbacks, *saver], **settings)
+    trainer = quiet_trainer(folder, [note, *(callbacks() if callable(callbacks) else callbacks), *saver], **settings)
     trainer.fit(model, data(), ckpt_path=resumed, weights_only=True)
     assert model.adapter is not None
     state = [random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()]

@@ -3,7 +3,7 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
 from peftlight.tasks.distribution import refuse_other_distribution
-from peftlight.tasks.copies import copied, move_own, shown
+from peftlight.tasks.copies import copied
 from peftlight.tasks.early_base import load_base_early
 from peftlight.tasks.ending import Ending, Validated
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
@@ -92,8 +92,6 @@ class PEFTModule(LightningModule):
         self.goes_on = False
         """Whether a checkpoint is to come, which the trainer does not say yet when the model is made."""
         self.guard = Guard()
-        self.own_in_copy: frozenset[str] | None = None
-        """Of a copy made in a training: names of what it does not share with the task; see `copies.py`."""
         self.register_load_state_dict_post_hook(forget_frozen)
         self._last_step = 0
         self._prepared = False
@@ -344,7 +342,7 @@ class PEFTModule(LightningModule):
                 del found[key]
         return found
 
-    # ---- copies within a training: they share the frozen tensors
+    # ---- copies within a training: they share the frozen parameters
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PEFTModule":
         if self._trainer and self.trainer.state.fn == TrainerFn.FITTING and self.trainer.state.stage is not None:
@@ -353,20 +351,6 @@ class PEFTModule(LightningModule):
         memo[id(self)] = made
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return made
-
-    def named_parameters(self, prefix: str = "", *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        found = super().named_parameters(prefix, *args, **options)
-        return found if self.own_in_copy is None else shown(found, self.own_in_copy, prefix)
-
-    def named_buffers(self, prefix: str = "", *args: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
-        found = super().named_buffers(prefix, *args, **options)
-        return found if self.own_in_copy is None else shown(found, self.own_in_copy, prefix)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        if self.own_in_copy is None:
-            return super()._apply(fn, recurse)
-        move_own(self, self.own_in_copy, fn)
-        return self
 
     def own_state(self) -> set[str]:
         """Keys of the state dict that are the adapter's."""

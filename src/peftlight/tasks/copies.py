@@ -1,24 +1,22 @@
 """Copies of a task that are made while it is trained, by callbacks that average weights.
 
-Such a copy has its own of what trains, and shares the frozen tensors. A callback goes over the tensors of the copy and
-of the task side by side, so the copy shows something for each frozen one: a `StandIn`, which costs nothing, and on
-which nothing has an effect. The average of a frozen tensor, rounded, would not be the tensor.
+Such a copy has its own of what trains, and shares the frozen parameters. It computes with all of them; but whoever goes
+over its tensors, to average them, meets a `StandIn` for each frozen one, which costs nothing, and on which nothing has
+an effect: the average of a frozen tensor, rounded, would not be the tensor.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlight.errors import UserError
 
 if TYPE_CHECKING:
     from peftlight.tasks.base import PEFTModule
-
-T = TypeVar("T", bound=Tensor)
 
 
 class StandIn(Tensor):
@@ -39,7 +37,7 @@ class StandIn(Tensor):
             return stand_in
         with torch._C.DisableTorchFunctionSubclass():
             value = func(*args, **kwargs)
-        return stand_in if isinstance(value, Tensor) else value
+        return value.as_subclass(cls) if isinstance(value, Tensor) else value
 
 
 def _for_each_other(func: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
@@ -56,60 +54,71 @@ def _for_each_other(func: Callable[..., Any], args: Sequence[Any], kwargs: Any) 
             for number, place in enumerate(places)]  # fmt: skip
 
 
+class Shown(dict[str, Any]):
+    """The parameters or buffers of a module in a copy: who asks for one by its name gets it; a list has stand-ins."""
+
+    def __init__(self, real: dict[str, Any], frozen: set[str], stand_ins: dict[int, StandIn]) -> None:
+        """
+        Args:
+            real: the module's own.
+            frozen: names of those that do not train.
+            stand_ins: by the tensor's identity, of the whole copy: what is tied has one.
+        """
+        super().__init__(real)
+        self._frozen, self._stand_ins = frozen, stand_ins
+
+    def items(self) -> Any:
+        return [(name, self._shown(name, value)) for name, value in super().items()]
+
+    def values(self) -> Any:
+        return [value for _, value in self.items()]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """A stand-in that was moved has its buffer follow."""
+        super().__setitem__(name, self[name].to(value.device) if isinstance(value, StandIn) else value)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(super().items()),)
+
+    def _shown(self, name: str, value: Any) -> Any:
+        if name not in self._frozen or value is None:
+            return value
+        known = self._stand_ins.get(id(value))
+        if known is None or known.device != value.device:
+            known = torch.empty(0, dtype=value.dtype, device=value.device).as_subclass(StandIn)
+            self._stand_ins[id(value)] = known
+        return known
+
+
 def copied(module: "PEFTModule", memo: dict[int, Any]) -> "PEFTModule":
-    """A deep copy of a task in training, which shares the frozen tensors with it.
+    """A deep copy of a task in training, which shares the frozen parameters with it.
 
     Raises:
         UserError: there is nothing to copy yet, or it will be sharded.
     """
     if module.adapter is None:
         raise UserError("The task was copied before its base was loaded, so the copy would hold nothing. Copy it in a "
-                        "callback's setup or later, and load no model in the task's own setup.")  # fmt: skip
+                        "callback's setup or later.")  # fmt: skip
     if isinstance(module.trainer.strategy, ModelParallelStrategy):
         raise UserError("Under fsdp2 a task cannot be copied: the copy would not be sharded. Choose ddp.")
-    own = own_tensors(module)
-    for name, tensor in _tensors(module):
+    own = module.own_state() | {name for name, p in module.named_parameters() if p.requires_grad}
+    for name, parameter in module.named_parameters():
         if name not in own:
-            memo[id(tensor)] = tensor
-            memo.update({id(part): part for part in getattr(tensor, "__dict__", {}).values()})  # scales of packed ones
+            memo[id(parameter)] = parameter
+            memo.update({id(part): part for part in vars(parameter).values()})  # the scales of a packed one
     memo.update({id(value): value for value in module.adapter.originals.values()})
     made: PEFTModule = type(module).__new__(type(module))
     memo[id(module)] = made
     made.__setstate__(copy.deepcopy(module.__getstate__(), memo))
-    made.own_in_copy = own
+    _show(made, own)
     return made
 
 
-def own_tensors(module: "PEFTModule") -> frozenset[str]:
-    """Names in the task of all that trains or is saved."""
-    return frozenset(module.own_state() | {name for name, p in module.named_parameters() if p.requires_grad})
-
-
-def shown(named: Iterator[tuple[str, T]], own: frozenset[str], prefix: str) -> Iterator[tuple[str, T]]:
-    """Names and tensors of a copy, with a stand-in for each that it shares."""
-    prefix = f"{prefix}." if prefix else ""
-    stand_ins: dict[tuple[torch.dtype, torch.device], Any] = {}
-    for name, tensor in named:
-        if name.removeprefix(prefix) in own:
-            yield name, tensor
-            continue
-        kind = tensor.dtype, tensor.device
-        if kind not in stand_ins:
-            stand_ins[kind] = torch.empty(0, dtype=tensor.dtype, device=tensor.device).as_subclass(StandIn)
-        yield name, stand_ins[kind]
-
-
-def move_own(module: "PEFTModule", own: frozenset[str], move: Callable[[Tensor], Tensor]) -> None:
-    """Move what a copy has for itself; what it shares stays with the task."""
-    for name in own:
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if isinstance(tensor := getattr(owner, leaf), nn.Parameter):
-            tensor.data = move(tensor.data)
-        else:
-            owner._buffers[leaf] = move(tensor)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _show(made: "PEFTModule", own: set[str]) -> None:
+    tensors = [*made.named_parameters(), *made.named_buffers()]
+    trained, stand_ins = {id(tensor) for name, tensor in tensors if name in own}, dict[int, StandIn]()
+    for module in made.modules():
+        for kind in ("_parameters", "_buffers"):
+            held: dict[str, Any] = vars(module)[kind]
+            if frozen := {name for name, tensor in held.items() if id(tensor) not in trained}:
+                vars(module)[kind] = Shown(held, frozen, stand_ins)
