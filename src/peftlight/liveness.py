@@ -51,7 +51,17 @@ class Liveness:
         self._base = _checksums(self._frozen())
         self._start = _checksums(adapter.parameters().items())
         self._had_gradient: set[str] = set()
-        self._looked = False
+        self._looked = self._had_step = False
+        self._more = True
+
+    def look_again(self) -> None:
+        """Something else requires a gradient since the last step: what of it was frozen until now is trained."""
+        self._more = True
+        new = {name: value for name, value in self.adapter.state().items() if name in self._base}
+        for name in new:
+            del self._base[name]
+        trained = self.adapter.parameters()
+        self._start |= _checksums((name, value) for name, value in new.items() if name in trained)
 
     def before_backward(self, loss: Tensor, sum_over_processes: Callable[[Tensor], Tensor], processes: int) -> None:
         """Look at what the first loss depends on: several processes would wait for each other's gradients for ever.
@@ -62,7 +72,7 @@ class Liveness:
         if self._looked:
             return
         self._looked = True
-        names = list(self._start)
+        names = [name for name, parameter in self.adapter.parameters().items() if parameter.requires_grad]
         without = set(unreached(loss, self.adapter.model, self.adapter.parameters()))
         counts = sum_over_processes(torch.tensor([name in without for name in names], device=loss.device).float())
         somewhere = [name for name, count in zip(names, counts.tolist(), strict=True) if 0 < count < processes]
@@ -81,10 +91,15 @@ class Liveness:
         Raises:
             UserError: a trained tensor has none, so no training would ever move it.
         """
-        if self._had_gradient:
+        if not self._more:
             return
-        self._had_gradient = {name for name, p in self.adapter.parameters().items() if p.grad is not None}
-        self._refuse_dead(sorted(self._start.keys() - self._had_gradient))
+        self._more = False
+        parameters = self.adapter.parameters()
+        self._had_gradient |= {name for name, p in parameters.items() if p.grad is not None}
+        if not self._had_step:  # what is unfrozen later may be more than the loss depends on; the verdict names it
+            trains = {name for name, parameter in parameters.items() if parameter.requires_grad}
+            self._refuse_dead(sorted(trains - self._had_gradient))
+        self._had_step = True
 
     def _refuse_dead(self, dead: Sequence[str]) -> None:
         if dead:

@@ -175,6 +175,23 @@ class Adapter:
             for key, value in own.items():
                 value.copy_(sharded_like(state[key], value))
 
+    def train_also(self, names: Collection[str]) -> None:
+        """Train these parameters of the base in place from now on, beside what is trained already; in float32.
+
+        A module without deltas is owned whole where all its parameters are among them.
+        """
+        owners = {name.rpartition(".")[0]: self.model.get_submodule(name.rpartition(".")[0]) for name in names}
+        whole = {path for path, module in owners.items()
+                 if path and not any(True for _ in module.children())
+                 and all(f"{path}.{leaf}" in names for leaf, _ in module.named_parameters(recurse=False))}  # fmt: skip
+        before = self.state()
+        self.trained += [*sorted(whole), *(name for name in names if name.rpartition(".")[0] not in whole)]
+        if self.strategy.restorable or self.originals:
+            self.originals |= {name: value.clone() for name, value in self.state().items() if name not in before}
+        for name in names:
+            self.model.get_parameter(name).requires_grad_(True)
+        self.train_in_float32()
+
     def train_in_float32(self) -> None:
         """Put what trains into float32 on a base in half precision, together with the vectors beside it.
 
@@ -386,7 +403,8 @@ def attach(
         model: any module; it is changed in place, and its own parameters keep their names.
         strategy: the recipe.
         name: the adapter's name, part of its parameters' names (`q_proj.deltas.<name>.A`).
-        modules_to_train: modules of the base that are trained whole beside the strategy, a new head for example.
+        modules_to_train: modules of the base that are trained whole beside the strategy, a new head for example; or
+            single parameters, by their full names.
         keep_base: keep the base's values beside those trained in place even where that is the whole base, so that the
             adapter can be switched off.
 
@@ -397,7 +415,8 @@ def attach(
         raise UserError(f"An adapter's name is not empty and has no dot; got {name!r}.")
     with unchanged_on_error(model):
         model.requires_grad_(False)
-        heads = matching(model, list(modules_to_train))
+        single = [entry for entry in modules_to_train if entry in dict(model.named_parameters())]
+        heads = matching(model, [entry for entry in modules_to_train if entry not in single])
         adapter = Adapter(name, model, strategy, trained=list(dict.fromkeys([*heads, *strategy.train(model)])))
         _refuse_quantized(adapter)
         _train_in_place(adapter, keep_base)
@@ -405,6 +424,7 @@ def attach(
             module = model.get_submodule(site)
             install(module, name, _placed(delta, module))
             adapter.sites[site] = delta
+        adapter.train_also(single)  # after the deltas, for they may lie beneath one
         if not adapter.parameters():
             raise UserError(f"{type(strategy).__name__} would train nothing on this {type(model).__name__}.")
     _ATTACHED.setdefault(model, WeakSet()).add(adapter)

@@ -62,6 +62,7 @@ class RunRecord(TaskCallback):
         self.began = False
         """Whether a step of training, or of what else was asked for, was begun."""
         self._facts: Recorded = {}
+        self._owned: list[str] = []
         self.record: dict[str, Any] = {"command": command, "seed": seed, "python": platform.python_version()}
         before: Recorded = past.facts if past is not None and past.folder == folder else {}
         self._before: Metrics = {**before.get("values", {})}
@@ -104,7 +105,7 @@ class RunRecord(TaskCallback):
         if not isinstance(pl_module, PEFTModule):
             return
         assert pl_module.adapter is not None
-        self._facts = facts_of(trainer, pl_module, self.config)  # in every process: sharded tensors are read together
+        self._note_facts(trainer, pl_module)  # in every process: sharded tensors are read together
         if trainer.is_global_zero:
             if pl_module.quantization is not None:
                 assert pl_module.model is not None
@@ -115,6 +116,10 @@ class RunRecord(TaskCallback):
             self.record["steps_planned"] = None if steps == float("inf") else steps
             self.record["trained"] = [_plain(row) for row in rows_of(pl_module.adapter)]
             self._write("running")
+
+    def _note_facts(self, trainer: Trainer, module: PEFTModule) -> None:
+        assert module.adapter is not None
+        self._owned, self._facts = list(module.adapter.trained), facts_of(trainer, module, self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._training_since = time.monotonic()
@@ -141,6 +146,9 @@ class RunRecord(TaskCallback):
         """A checkpoint says by which configuration it came about, and how far the run's files were."""
         if not isinstance(pl_module, PEFTModule):
             return
+        assert pl_module.adapter is not None
+        if pl_module.adapter.trained != self._owned:  # a callback has unfrozen a part of the base
+            self._note_facts(trainer, pl_module)
         # In every process: sharded tensors and the metrics of an epoch are read together.
         lines, values = lines_of(trainer, pl_module), self._values(trainer)
         if not trainer.is_global_zero:

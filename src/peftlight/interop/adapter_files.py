@@ -120,10 +120,18 @@ def save_adapter(adapter: Adapter, folder: str | Path, record: Mapping[str, Any]
 def _written(adapter: Adapter) -> tuple[Config, Tensors]:
     write = _WRITERS.get(type(adapter.strategy), own_format.to_own)
     try:
+        _refuse_single(adapter)
         return write(adapter)
     except UserError as error:  # a training must not be lost because another library has no words for it
         warnings.warn(f"{error} It is saved in peftlight's own format, which HF PEFT does not read.", stacklevel=3)
         return own_format.to_own(adapter)
+
+
+def _refuse_single(adapter: Adapter) -> None:
+    modules = {name for name, _ in adapter.model.named_modules()}
+    beside = [name for name in adapter.trained if name not in modules]
+    if beside and (single := sorted(set(beside) - set(adapter.strategy.train(adapter.model)))):
+        raise UserError(f"HF PEFT's format has no place for single parameters beside the method: {listed(single, 3)}.")
 
 
 def load_adapter(

@@ -19,6 +19,6 @@ class Contents:
 
     strategy: PEFTStrategy
     modules_to_train: list[str]
-    """Modules of the base that are trained whole beside the strategy."""
+    """Modules of the base that are trained whole beside the strategy; in our own format single parameters too."""
     state: Tensors
     """The adapter's tensors by their names in the model."""

@@ -48,9 +48,9 @@ def from_own(config: Config, tensors: Tensors, model: nn.Module, name: str = "de
         raise UserError(f"peft_type is {config['peft_type']!r}, but its strategy is a {type(strategy).__name__}.")
     plain, named = f"{CHILD}.", f"{CHILD}.{name}."
     state = {_renamed(key, plain, named): value for key, value in tensors.items()}
-    modules = dict(model.named_modules())
+    parts = {name for named in (model.named_modules(), model.named_parameters()) for name, _ in named}
     by_strategy = set(strategy.train(model))
-    return Contents(strategy, [entry for entry in trained if entry in modules and entry not in by_strategy], state)
+    return Contents(strategy, [entry for entry in trained if entry in parts and entry not in by_strategy], state)
 
 
 def strategy_in(spec: Any) -> PEFTStrategy:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.optim import Optimizer
 
 from peftlight.errors import UserError
-from peftlight.processes.averaging import average_gradients
+from peftlight.tasks.averaging import average_gradients
 from peftlight.processes.units import indivisible, units_of
 from peftlight.shards import is_sharded, sharded_like, whole
 from peftlight.strategy import Adapter

@@ -24,6 +24,7 @@ from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
 from peftlight.tasks.distribution import refuse_other_distribution
+from peftlight.tasks.added_groups import follow
 from peftlight.tasks.copies import copied
 from peftlight.tasks.early_base import load_base_early
 from peftlight.tasks.ending import Ending, Validated
@@ -36,6 +37,7 @@ from peftlight.tasks.token_rate import TokenRate
 from peftlight.tasks.train_mode import put_in_train_mode
 from peftlight.tasks.trained_content import forget_frozen, keep_trained, warn_of_other_base
 from peftlight.tasks.training_state import TrainingState
+from peftlight.tasks.unfreezing import Unfreezing
 from peftlight.tasks.vocabulary import check_vocabulary
 from peftlight.watching import keep_watch
 
@@ -87,6 +89,7 @@ class PEFTModule(LightningModule):
         self.verdict: Verdict | None = None
         self._step, self._tokens = OptimizerStep(self), TokenRate()
         self._state, self.ending = TrainingState(self, self._step.window), Ending(self)
+        self.unfreezing = Unfreezing(self)
         self.allow_changes: set[str] = set()
         """What may differ from the training that a checkpoint is of, by name: "processes"."""
         self.goes_on = False
@@ -196,6 +199,7 @@ class PEFTModule(LightningModule):
     def on_fit_start(self) -> None:
         """What has to be right before the first step, and what is counted from it on."""
         assert self.adapter is not None
+        self.unfreezing.keep_groups(self.trainer.optimizers[0])
         put_in_train_mode(self.adapter)
         self._step.start(self.adapter)
         self.ending.start()
@@ -207,6 +211,8 @@ class PEFTModule(LightningModule):
         self._tokens.start()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        if self.unfreezing.look():
+            self._step.look_again()
         loss_sum, labels = self.loss(batch)
         self._tokens.add(batch)
         return self._step.add(loss_sum, labels)
@@ -296,7 +302,16 @@ class PEFTModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         self._state.load_data()
-        return optimizer_and_schedule(self)
+        self.unfreezing.start()
+        with self.unfreezing.as_at_start():
+            made = optimizer_and_schedule(self)
+        self.unfreezing.renew_groups(made)
+        return made
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Lightning's own; a group of parameters that a callback has added moves with the others."""
+        follow(scheduler)
+        super().lr_scheduler_step(scheduler, metric)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -315,8 +330,10 @@ class PEFTModule(LightningModule):
         keep_trained(self, checkpoint)
         self._state.save(checkpoint)
         self.ending.save(checkpoint)
+        self.unfreezing.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.unfreezing.load(checkpoint)
         self._state.load(checkpoint)
         self.ending.load(checkpoint)
         warn_of_other_base(self, checkpoint)

@@ -101,6 +101,7 @@ def copied(module: "PEFTModule", memo: dict[int, Any]) -> "PEFTModule":
                         "callback's setup or later.")  # fmt: skip
     if isinstance(module.trainer.strategy, ModelParallelStrategy):
         raise UserError("Under fsdp2 a task cannot be copied: the copy would not be sharded. Choose ddp.")
+    module.unfreezing.copied = True
     own = module.own_state() | {name for name, p in module.named_parameters() if p.requires_grad}
     for name, parameter in module.named_parameters():
         if name not in own:

@@ -103,13 +103,13 @@ def validate(trainer: Trainer) -> None:
     loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
     _ = trainer.callback_metrics  # so that those of the training are counted in
     first = connector._first_loop_iter
-    trainer.validating, loop.val_loop.restarting = True, False
+    loop.val_loop.restarting = False
+    trainer.validating = True
     connector.reset_results()  # a validation may have been broken off
-    loop._batches_that_stepped -= 1  # for loggers; Lightning has counted the step already
     try:
-        loop.val_loop.run()
+        with _in_the_last_step(trainer, -1):
+            loop.val_loop.run()
     finally:
-        loop._batches_that_stepped += 1
         trainer.training = True
         connector._first_loop_iter = first
 
@@ -118,12 +118,22 @@ def validate(trainer: Trainer) -> None:
 def as_before_validate(trainer: Trainer) -> Iterator[None]:
     """Within the block, which lies within `validate`, the loops say what they said before it."""
     trainer.training = True
-    trainer.fit_loop.epoch_loop._batches_that_stepped += 1
+    with _in_the_last_step(trainer, 1):
+        yield
+    trainer.validating = True
+
+
+@contextmanager
+def _in_the_last_step(trainer: Trainer, ahead: int) -> Iterator[None]:
+    """Within the block what is logged has the number of the last step, and its epoch; Lightning has counted on."""
+    loop, epoch = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
+    stepped, completed = loop._batches_that_stepped, epoch.completed
+    loop._batches_that_stepped += ahead
+    epoch.completed = max(0, epoch.started - 1) if ahead < 0 else epoch.processed  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
-        trainer.validating = True
+        loop._batches_that_stepped, epoch.completed = stepped, completed
 
 
 def count_steps(trainer: Trainer, progress: Progress) -> None:

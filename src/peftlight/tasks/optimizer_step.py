@@ -77,6 +77,8 @@ class OptimizerStep:
             UserError: the step may not be taken, or a trained tensor has no gradient.
         """
         module = self._module
+        module.unfreezing.check_held(optimizer)
+        module.unfreezing.share_gradients()
         parameters = [p for p in module.parameters() if p.requires_grad]
         # Apart from the task's backward: the penalty must not be scaled by the labels, nor summed over processes.
         penalty = module.strategy.penalty(adapter)
@@ -92,6 +94,11 @@ class OptimizerStep:
             module.log("train_penalty", penalty.detach())
         module.log("train_loss", closed.loss, prog_bar=True)
         module.log("lr", rate, prog_bar=True)
+
+    def look_again(self) -> None:
+        """What requires a gradient is not what it was in the last step."""
+        assert self._liveness is not None
+        self._liveness.look_again()
 
     def verdict(self) -> Verdict:
         """What the training did to each trained tensor and to the frozen base."""

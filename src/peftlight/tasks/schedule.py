@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from peftlight.errors import UserError
+from peftlight.tasks.added_groups import follow
 
 
 class LinearWarmup(LambdaLR):
@@ -33,6 +34,7 @@ class LinearWarmup(LambdaLR):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the state was saved, on the plan of this run: it may have more steps than the earlier one."""
         super().load_state_dict({**state_dict, "total_steps": self.total_steps})
+        follow(self)
         self._set_rates()
 
     def _set_rates(self) -> None:

@@ -1,0 +1,27 @@
+"""Groups of parameters that come to an optimizer in mid-run, and the schedules that were made before them."""
+
+from typing import Any
+
+_RATES = ("base_lrs", "max_lrs")
+_OTHERS = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
+"""Lists with a value for each group, by the names that torch's schedules give them."""
+
+
+def follow(scheduler: Any) -> None:
+    """Have a schedule move the groups that its optimizer got since it was made; nothing where there are none.
+
+    A new group keeps the proportion that its learning rate has to the first group's: a schedule that halves the one
+    halves the other. torch's own schedules end in an error there.
+    """
+    for inner in getattr(scheduler, "_schedulers", ()):
+        follow(inner)
+    per_group = [value for name in (*_RATES, *_OTHERS) if isinstance(value := getattr(scheduler, name, None), list)]
+    first, groups = scheduler.optimizer.param_groups[0], scheduler.optimizer.param_groups
+    for group in groups[min(map(len, per_group), default=len(groups)) :]:
+        now = first["lr"] or getattr(scheduler, "base_lrs", [0.0])[0]
+        share = group["lr"] / now if now else 1.0
+        for key in first.keys() - group.keys():
+            group[key] = first[key] * share if key.endswith("lr") else first[key]
+        for name in (*_RATES, *_OTHERS):
+            if isinstance(values := getattr(scheduler, name, None), list) and len(values) < len(groups):
+                values.append(values[0] * share if name in _RATES else values[0])
