@@ -45,7 +45,8 @@ ROOMS = {
     "entrance": {"virtual_tokens", "delta"},
     "typed": set(),
     "strategy_spec": {"strategy", "strategies", "typed"},
-    "quantization": {"linear", "paths", "targets", "typed"},
+    "once": set(),
+    "quantization": {"linear", "once", "paths", "targets", "typed"},
     "loading_errors": set(),
     "pretrained": {"loading_errors", "paths", "quantization"},
     "interop": {
