@@ -27,10 +27,10 @@ from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.schedule import LinearWarmup
 from peftlight.tasks.token_rate import TokenRate
-from peftlight.tasks.train_mode import put_in_train_mode
 from peftlight.tasks.trained_content import keep_trained, warn_of_other_base
 from peftlight.tasks.training_state import TrainingState
 from peftlight.tasks.vocabulary import check_vocabulary
+from peftlight.train_mode import put_in_train_mode
 from peftlight.watching import keep_watch
 
 AdapterDtype = Literal["float32", "bfloat16"]
