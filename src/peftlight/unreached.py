@@ -26,13 +26,18 @@ def may_stay(adapter: Adapter, dead: Collection[str]) -> set[str]:
 
 def what_to_do(adapter: Adapter, dead: Collection[str]) -> str:
     """How the dead tensors are left out, by the options that this strategy has."""
-    fields = {field for part in _parts(adapter) for field in _OPTIONS if hasattr(part.strategy, field)}
+    fields = {field for part in _parts(adapter) for field in _OPTIONS if _offers(part.strategy, field)}
     options = [field for field in _OPTIONS if field in fields]
     if any(inside(name, adapter.heads) for name in dead):
         options.append("trained_modules")
     if not options:
         return f"{type(adapter.strategy).__name__} has no option that leaves them out: choose another strategy."
     return f"Leave their modules out ({', '.join(options)})."
+
+
+def _offers(strategy: Any, field: str) -> bool:
+    """Whether the field is there; `modules_to_save`, which only names what is trained, leaves out what it names."""
+    return hasattr(strategy, field) and (field != "modules_to_save" or bool(strategy.modules_to_save))
 
 
 def stays_as_it_is(names: Collection[str], all_of_them: int) -> str:
