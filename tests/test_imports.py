@@ -53,7 +53,8 @@ ROOMS = {
     "once": set(),
     "quantization": {"linear", "once", "paths", "targets", "typed"},
     "loading_errors": set(),
-    "pretrained": {"loading_errors", "paths", "quantization"},
+    "new_head": {"paths"},
+    "pretrained": {"loading_errors", "new_head", "paths", "quantization"},
     "interop": {
         "finite",
         "head_size",
@@ -81,6 +82,7 @@ ROOMS = {
         "strategy",
         "strategy_spec",
         "liveness",
+        "new_head",
         "pretrained",
         "quantization",
         "train_mode",

@@ -121,6 +121,16 @@ class PEFTModule(LightningModule):
         """Modules trained whole by default, given the names of the parameters that no file held."""
         return list(dict.fromkeys(name.rpartition(".")[0] for name in new))
 
+    def look_at_base(self, model: nn.Module, new: Sequence[str]) -> list[str]:
+        """Called with the base before it is adapted, and the names of the parameters that no file held.
+
+        Returns: names of further ones that are new now.
+
+        Raises:
+            UserError: it does not fit the task.
+        """
+        return []
+
     # ---- the model
 
     def take(self, adapter: Adapter, source: Source | None) -> None:
