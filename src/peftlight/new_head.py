@@ -53,7 +53,7 @@ def renew_head(model: nn.Module) -> list[str]:
         for path in sorted(heads):
             for module in reversed(list(model.get_submodule(path).modules())):  # as transformers: what is within first
                 for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                    tensor._is_hf_initialized = False  # type: ignore[union-attr]  # else transformers leaves it alone
+                    tensor._is_hf_initialized = False  # type: ignore[attr-defined]  # else transformers leaves it
                 draw(module)
     return names
 

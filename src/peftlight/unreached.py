@@ -43,8 +43,8 @@ def _offers(strategy: Any, field: str) -> bool:
 def stays_as_it_is(names: Collection[str], all_of_them: int) -> str:
     """What a person is told of tensors that stay."""
     return (
-        f"{len(names)} of {all_of_them} trained tensors had no gradient in the first step, for the loss does not depend "
-        f"on them: {listed(sorted(names))}. They stay as they are, unless a later step reaches them."
+        f"{len(names)} of {all_of_them} trained tensors had no gradient in the first step, for the loss does not "
+        f"depend on them: {listed(sorted(names))}. They stay as they are, unless a later step reaches them."
     )
 
 
