@@ -28,7 +28,7 @@ TASKS = {
     "TokenClassification": ("bert", "roberta", "llama", "gpt2", "t5"),
     "CausalLM": ("llama", "gpt2"),
     "Seq2Seq": ("t5",),
-    "ImageClassification": ("vit",),
+    "ImageClassification": ("vit", "convnext", "resnet"),
 }
 """The tasks and the architectures that transformers has a class for."""
 COLUMNS = [(task, architecture) for task, architectures in TASKS.items() for architecture in architectures]

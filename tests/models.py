@@ -1,5 +1,5 @@
 """The tiny models that peftlight ships for its users' tests are those of our own."""
 
-from peftlight.testing.models import CLASSES, MODELS, VOCABULARY, inputs_for, llama, make
+from peftlight.testing.models import CLASSES, CONVOLUTIONAL, MODELS, VOCABULARY, inputs_for, llama, make
 
-__all__ = ["CLASSES", "MODELS", "VOCABULARY", "inputs_for", "llama", "make"]
+__all__ = ["CLASSES", "CONVOLUTIONAL", "MODELS", "VOCABULARY", "inputs_for", "llama", "make"]

@@ -18,11 +18,15 @@ ROOMS = {
     "architectures": set(),
     "paths": set(),
     "layer_ranges": {"paths"},
-    "targets": {"linear", "architectures", "paths", "layer_ranges"},
+    "candidates": {"linear", "paths"},
+    "coverage": {"linear", "paths"},
+    "targets": {"architectures", "candidates", "coverage", "paths", "layer_ranges"},
     "head_size": {"paths"},
     "strategy": {"delta", "head_size", "linear", "paths", "targets"},
     "reach": set(),
-    "liveness": {"reach", "strategy"},
+    "train_mode": {"strategy"},
+    "unreached": {"candidates", "paths", "strategy", "targets"},
+    "liveness": {"reach", "strategy", "unreached"},
     "finite": set(),
     "divergence": {"finite"},
     "matrices": {"delta"},
@@ -30,6 +34,7 @@ ROOMS = {
     "combine": {"updates", "matrices", "strategy", "strategies", "delta", "paths"},
     "blocks": {"paths", "linear"},
     "strategies": {
+        "candidates",
         "paths",
         "strategy",
         "delta",
@@ -42,12 +47,14 @@ ROOMS = {
     },
     "attention": set(),
     "virtual_tokens": {"delta"},
-    "entrance": {"virtual_tokens", "delta"},
+    "entrance": {"virtual_tokens", "delta", "paths"},
     "typed": set(),
     "strategy_spec": {"strategy", "strategies", "typed"},
-    "quantization": {"linear", "paths", "targets", "typed"},
+    "once": set(),
+    "quantization": {"linear", "once", "paths", "targets", "typed"},
     "loading_errors": set(),
-    "pretrained": {"loading_errors", "paths", "quantization"},
+    "new_head": {"paths"},
+    "pretrained": {"loading_errors", "new_head", "paths", "quantization"},
     "interop": {
         "finite",
         "head_size",
@@ -61,7 +68,7 @@ ROOMS = {
         "typed",
         "virtual_tokens",
     },
-    "report": {"strategy", "delta", "linear"},
+    "report": {"coverage", "strategy", "delta", "linear", "paths"},
     "console": set(),
     "checkpoint_files": {"console"},
     "watching": set(),
@@ -75,8 +82,10 @@ ROOMS = {
         "strategy",
         "strategy_spec",
         "liveness",
+        "new_head",
         "pretrained",
         "quantization",
+        "train_mode",
     },
     "data": set(),
     "run_folder": set(),
@@ -161,7 +170,7 @@ ROOMS = {
         "resume",
         "run_folder",
     },
-    "testing": {"strategy", "delta", "interop", "pretrained"},
+    "testing": {"strategy", "delta", "interop", "pretrained", "train_mode"},
     "__main__": {"cli"},
     "__init__": {"adapters", "handover", "interop", "strategy"},
 }
@@ -170,6 +179,7 @@ HEAVY_BELOW = {"lightning", "transformers", "datasets", "bitsandbytes"}
 """What a strategy and everything under it must not know."""
 KNOW_NO_FRAMEWORK = {"linear", "delta", "targets", "blocks", "architectures", "strategy", "strategies"}
 KNOW_NO_FRAMEWORK |= {"virtual_tokens", "entrance", "paths", "head_size", "layer_ranges", "liveness"}
+KNOW_NO_FRAMEWORK |= {"candidates", "coverage", "train_mode"}
 KNOW_NO_FRAMEWORK |= {"matrices", "updates", "combine"}
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -72,6 +73,33 @@ def test_bits_for_each_weight_are_the_papers(double: bool, bits: float) -> None:
     model = nn.Sequential(nn.Linear(1024, 1024))
     Quantization(double_quant=double).apply(model)
     assert held(model).bits == pytest.approx(bits, abs=5e-4)
+
+
+def heard(model: nn.Module) -> list[str]:
+    """What is logged while two batches are computed."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        for _ in range(2):
+            model(**inputs_for("bert"))
+    finally:
+        logging.getLogger().removeHandler(handler)
+    return records
+
+
+def test_what_bitsandbytes_logs_at_each_layer_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    monkeypatch.setattr(logger, "filters", [])  # another test may have heard it
+    model = make("bert")
+    Quantization(bits=8).apply(model)
+    (cast,) = heard(model)
+    assert "float32" in cast
+    (other,) = heard(model.bfloat16())  # another message is no repetition
+    assert "bfloat16" in other
+    logger.warning("something else")  # nor is it hidden
+    assert heard(model) == []
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "vit"])

@@ -71,6 +71,21 @@ def blocks_of(model: nn.Module) -> list[Block]:
     return blocks
 
 
+def blocks_for(method: str, model: nn.Module) -> list[Block]:
+    """The blocks, for the method of that name, which cannot do without them.
+
+    Raises:
+        UserError: there is none; the message says what to choose instead.
+    """
+    try:
+        return blocks_of(model)
+    except UserError as error:
+        raise UserError(
+            f"{method} changes blocks of attention and feed-forward layers. {error} Choose LoRA instead, which adapts "
+            "linear layers and convolutions wherever they are."
+        ) from None
+
+
 def _blocks(stack: str, names: Sequence[str], modules: dict[str, nn.Module]) -> list[Block]:
     """The blocks in the first numbered stack below `stack`; where an entry holds stacks of blocks itself, those."""
     grouped: dict[str, list[str]] = {}

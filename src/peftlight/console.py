@@ -10,8 +10,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console, RenderableType
 
 log = logging.getLogger("peftlight")
-_LOGGERS = ("peftlight", "lightning", "lightning.pytorch", "lightning.fabric", "transformers", "py.warnings")
-_ALSO_SHOWN = ("peftlight", "py.warnings")
+_LOGGERS = (
+    "peftlight", "lightning", "lightning.pytorch", "lightning.fabric", "transformers", "bitsandbytes", "py.warnings",
+)  # fmt: skip
+_ALSO_SHOWN = ("peftlight", "bitsandbytes", "py.warnings")
 """Those that have no way to the terminal of their own once a log is open."""
 _TERMINAL = logging.lastResort or logging.StreamHandler()
 
@@ -41,7 +43,7 @@ class _RunLog(logging.FileHandler):
 
 
 def write_log_to(path: Path) -> logging.Handler:
-    """From now on write what peftlight, Lightning and transformers say, and all warnings, to `path`."""
+    """From now on write what peftlight, Lightning, transformers and bitsandbytes say, and all warnings, to `path`."""
     handler = _RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)

@@ -8,6 +8,7 @@ from torch import nn
 
 from peftlight.delta import Delta
 from peftlight.errors import UserError
+from peftlight.paths import input_embedding
 from peftlight.virtual_tokens import (
     DecoderSeesThem,
     EncoderVirtualTokens,
@@ -39,7 +40,7 @@ def entrance_of(model: nn.Module, method: str, compat: Compat | None = None) -> 
     if table is None or not {"input_ids", "inputs_embeds"} <= set(names):
         raise UserError(
             f"{method} puts vectors before the embeddings of tokens, and this {type(model).__name__} has no place for "
-            "that: its backbone does not take input_ids and inputs_embeds. Choose PrefixTuning or LoRA instead."
+            "that: its backbone does not take input_ids and inputs_embeds. Choose LoRA instead."
         )
     if other := _OTHER_CACHES & set(names):
         raise UserError(
@@ -116,10 +117,7 @@ def _input_names(module: nn.Module) -> tuple[str, ...]:
 
 def _table(module: nn.Module) -> str | None:
     """Path of the embedding of tokens, from `module`."""
-    try:
-        table = module.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
+    table = input_embedding(module)
     paths = (name for name, other in module.named_modules() if other is table)
     return next(paths, None) if isinstance(table, nn.Embedding) else None
 

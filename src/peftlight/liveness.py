@@ -1,6 +1,7 @@
 """The audit of a training: what had a gradient, what moved, and whether the frozen base stayed as it was."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from peftlight.errors import UserError, listed
 from peftlight.reach import unreached
 from peftlight.shards import first_position, local, summed_over_shards
 from peftlight.strategy import Adapter
+from peftlight.unreached import may_stay, stays_as_it_is, what_to_do
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PART = 1 << 18
@@ -52,19 +54,21 @@ class Liveness:
         self._start = _checksums(adapter.parameters().items())
         self._had_gradient: set[str] = set()
         self._looked = self._had_step = False
-        self._more = True
 
     def look_again(self) -> None:
         """Something else requires a gradient since the last step: what of it was frozen until now is trained."""
-        self._more = True
         new = {name: value for name, value in self.adapter.state().items() if name in self._base}
         for name in new:
             del self._base[name]
         trained = self.adapter.parameters()
         self._start |= _checksums((name, value) for name, value in new.items() if name in trained)
 
-    def before_backward(self, loss: Tensor, sum_over_processes: Callable[[Tensor], Tensor], processes: int) -> None:
+    def before_backward(
+        self, loss: Tensor, sum_over_processes: Callable[[Tensor], Tensor], processes: int, waits: bool
+    ) -> None:
         """Look at what the first loss depends on: several processes would wait for each other's gradients for ever.
+
+        With `waits` they also do so for a gradient that is nowhere, as under DDP.
 
         Raises:
             UserError: a trained tensor would have no gradient in some process.
@@ -76,38 +80,47 @@ class Liveness:
         without = set(unreached(loss, self.adapter.model, self.adapter.parameters()))
         counts = sum_over_processes(torch.tensor([name in without for name in names], device=loss.device).float())
         somewhere = [name for name, count in zip(names, counts.tolist(), strict=True) if 0 < count < processes]
-        self._refuse_dead([name for name, count in zip(names, counts.tolist(), strict=True) if count == processes])
+        nowhere = [name for name, count in zip(names, counts.tolist(), strict=True) if count == processes]
+        staying = self._refuse_dead(nowhere)
+        if staying and waits:
+            raise UserError(
+                f"{len(staying)} of {len(names)} trained tensors have no gradient, for the loss does not depend on "
+                f"them: {listed(staying)}. The processes would wait for them for ever. Set "
+                "--trainer.strategy ddp_find_unused_parameters_true; they then stay as they are."
+            )
         if somewhere:
             raise UserError(
                 f"{len(somewhere)} of {len(names)} trained tensors have no gradient in some of the {processes} "
                 f"processes, where the loss of the first batch does not depend on them: {listed(somewhere)}. Set "
-                "--trainer.strategy ddp_find_unused_parameters_true, or leave their modules out (target_modules, "
-                "exclude_modules, layers, trained_modules)."
+                "--trainer.strategy ddp_find_unused_parameters_true"
             )
 
     def after_backward(self) -> None:
-        """Look at the gradients before the first optimizer step.
+        """Look at the gradients before the first optimizer step, and later for those that had none in it.
 
         Raises:
-            UserError: a trained tensor has none, so no training would ever move it.
+            UserError: a trained tensor has none in the first step, though it was asked for by name.
         """
-        if not self._more:
+        if not (waiting := self._start.keys() - self._had_gradient):
             return
-        self._more = False
-        parameters = self.adapter.parameters()
-        self._had_gradient |= {name for name, p in parameters.items() if p.grad is not None}
+        own = self.adapter.parameters()
+        self._had_gradient |= {name for name in waiting if name in own and own[name].grad is not None}
         if not self._had_step:  # what is unfrozen later may be more than the loss depends on; the verdict names it
-            trains = {name for name, parameter in parameters.items() if parameter.requires_grad}
-            self._refuse_dead(sorted(trains - self._had_gradient))
+            dead = sorted(name for name in waiting - self._had_gradient if own[name].requires_grad)
+            if staying := self._refuse_dead(dead):
+                logging.getLogger("peftlight").warning(stays_as_it_is(staying, len(self._start)))
         self._had_step = True
 
-    def _refuse_dead(self, dead: Sequence[str]) -> None:
-        if dead:
+    def _refuse_dead(self, dead: Sequence[str]) -> list[str]:
+        """Those of the dead that may stay as they are."""
+        staying = may_stay(self.adapter, dead)
+        if asked_for := [name for name in dead if name not in staying]:
             raise UserError(
-                f"{len(dead)} of {len(self._start)} trained tensors had no gradient in the first step: {listed(dead)}. "
-                "The loss does not depend on them, so they would never train. Leave their modules out (target_modules, "
-                "exclude_modules, layers, trained_modules)."
+                f"{len(asked_for)} of {len(self._start)} trained tensors had no gradient in the first step: "
+                f"{listed(asked_for)}. The loss does not depend on them, so they would never train. "
+                f"{what_to_do(self.adapter, asked_for)}"
             )
+        return sorted(staying)
 
     def verdict(self) -> Verdict:
         """What the training did.

@@ -69,7 +69,7 @@ def open_adapters(given: Sequence[str], opening: Opening) -> Opened:
     tasks: dict[str, str | None] = {name: record.auto_class or _class_of(source) for name, record in bases.items()}
     auto_class = _agreed("task", tasks or {"base": _class_of(source)})
     held = {} if opening.dtype else _held({name: record.quantization for name, record in bases.items()})
-    options = {"dtype": opening.dtype or "float32", "new_head": True, **held, **_labels(records)}
+    options = {"dtype": opening.dtype or "float32", "other_head": True, **held, **_labels(records)}
     model, new = source.load_model(auto_class, **options)
     opened = Opened(source, auto_class, model.eval(), Adapters(model), records, new, options)
     allowed = {"other_base": opening.other_base, "convert_pickle": opening.convert_pickle}

@@ -29,10 +29,28 @@ def first_names(model: nn.Module) -> dict[int, str]:
     return first
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """What the model says is its embedding of tokens; None where it has none, as models of images, or does not say."""
+    return _said(model, "get_input_embeddings")
+
+
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """What the model says is its output layer over tokens; None where it has none or does not say."""
+    return _said(model, "get_output_embeddings")
+
+
+def _said(model: nn.Module, method: str) -> nn.Module | None:
+    try:
+        found: nn.Module | None = getattr(model, method, lambda: None)()
+    except (AttributeError, NotImplementedError):  # transformers' answer of models without one
+        return None
+    return found
+
+
 def heads_of(model: nn.Module) -> set[str]:
     """Paths of the output embedding and of what stands outside the backbone, where the model has one."""
-    output_embedding = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = {name for name, module in model.named_modules() if module is output_embedding}
+    embedding = output_embedding(model)
+    heads = {name for name, module in model.named_modules() if embedding is not None and module is embedding}
     backbone, children = getattr(model, "base_model_prefix", None), {name for name, _ in model.named_children()}
     if backbone in children:
         return heads | (children - {backbone})
@@ -57,6 +75,11 @@ def place_of(name: str) -> tuple[str, int] | None:
     parts = name.split(".")
     place = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
     return None if place is None else (".".join(parts[:place]), int(parts[place]))
+
+
+def starred(name: str) -> str:
+    """The path with the numbers of layers replaced by `*`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
 
 
 def end_of(name: str, length: int) -> str:

@@ -21,6 +21,7 @@ from peftlight.errors import UserError, listed, nearest
 from peftlight.files import cache_folder
 from peftlight.loading_errors import no_safetensors, not_loaded
 from peftlight.locks import alone
+from peftlight.new_head import refuse_other_sizes, renew_head
 from peftlight.paths import heads_of, inside, place_of
 from peftlight.quantization import Quantization, hold_still, skeleton
 
@@ -47,15 +48,17 @@ class Source:
         auto_class: str,
         dtype: Dtype = "float32",
         new_head: bool | None = None,
+        other_head: bool = False,
         quantization: Quantization | None = None,
         device: torch.device | None = None,
         **config: Any,
     ) -> tuple[nn.Module, list[str]]:
         """The model, made by the class of that name in transformers, and the names of parameters not in its files.
 
-        Parameters that have another shape there are among those if `new_head` is true, and refused otherwise; where
-        it is false, and not None, the message says that it can be chosen. With `quantization` each tensor is read
-        and quantized before the next, on `device`.
+        With `new_head` the head is drawn anew, and its parameters are among those; where it is false, and not None,
+        the message about a head of another size says that it can be chosen. With `other_head` only what has another
+        size there is drawn anew, because an adapter brings its own. With `quantization` each tensor is read and
+        quantized before the next, on `device`.
 
         Raises:
             UserError: there is no such model or class, or the one cannot be made into the other.
@@ -78,15 +81,12 @@ class Source:
             if isinstance(error, OSError) and "safetensors" in str(error):
                 raise no_safetensors(self.name, auto_class) from error
             raise self._not_loaded(f"as {auto_class}", error) from error
-        if info["mismatched_keys"] and not new_head:
-            shapes = (
-                f"{key} is {tuple(had)} there, {tuple(asked)} here" for key, had, asked in info["mismatched_keys"]
-            )
-            choice = "" if new_head is None else " To put a new one there and train it: --model.new_head true"
-            raise UserError(f"The model {self.name!r} was made for something else: {listed(shapes)}.{choice}")
+        if mismatched := info["mismatched_keys"]:
+            refuse_other_sizes(self.name, model, sorted(mismatched), self.load_config(), other_head or new_head)
         self._check_whole(model, info["missing_keys"])
         hold_still(model)
-        return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        drawn = {*info["missing_keys"], *(key for key, *_ in mismatched), *(renew_head(model) if new_head else ())}
+        return model, sorted(drawn)
 
     def _check_whole(self, model: nn.Module, missing: Iterable[str]) -> None:
         """What is missing may be a new head; a layer of a stack is not."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from peftlight.errors import UserError, listed
 from peftlight.linear import is_conv1d, is_linear, is_quantized, widths
+from peftlight.once import once
 from peftlight.paths import heads_of, inside
 from peftlight.targets import matching
 from peftlight.typed import fits
@@ -228,13 +229,17 @@ def hold_still(model: nn.Module) -> None:
     On newer CPUs bitsandbytes packs them anew at the first row in eval mode, and rounds their scales: evaluation would
     be on another model than training, and the frozen base would move. And it rounds a layer's bias to the number format
     of the input, for good.
+
+    At each call of a layer it also logs that inputs are cast; it is heard once.
     """
-    for module in model.modules():
-        if is_quantized(module) and not hasattr(module, _BIAS):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            setattr(module, _BIAS, None)
-            module.register_forward_pre_hook(_keep_bias)
-            module.register_forward_hook(_put_bias_back, always_call=True)
+    layers = [module for module in model.modules() if is_quantized(module) and not hasattr(module, _BIAS)]
+    for module in layers:
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        setattr(module, _BIAS, None)
+        module.register_forward_pre_hook(_keep_bias)
+        module.register_forward_hook(_put_bias_back, always_call=True)
+    if layers:
+        once("bitsandbytes")
 
 
 def _keep_bias(layer: nn.Module, inputs: Any) -> None:

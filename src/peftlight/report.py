@@ -1,13 +1,14 @@
 """The table that says, before the first step, what was adapted, what trains, its share and its bytes."""
 
-import re
 from dataclasses import dataclass
 
 from rich.table import Table
 from torch import nn
 
+from peftlight.coverage import Weights, share, uncovered
 from peftlight.delta import CHILD, Delta
 from peftlight.linear import numbers_in
+from peftlight.paths import starred
 from peftlight.shards import class_name
 from peftlight.strategy import Adapter
 
@@ -33,13 +34,24 @@ def rows_of(adapter: Adapter) -> list[Row]:
         owned.append(parameter)
     grouped: dict[tuple[str, str], list[list[nn.Parameter]]] = {}
     for site, (ways, owned) in sites.items():
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", site)
-        grouped.setdefault((pattern, ", ".join(ways)), []).append(owned)
+        grouped.setdefault((starred(site), ", ".join(ways)), []).append(owned)
     return [_row(pattern, how, owned) for (pattern, how), owned in grouped.items()]
 
 
+def without_delta(adapter: Adapter) -> list[Weights]:
+    """The weight matrices that an adapter of layers' weights, LoRA say, leaves out and does not train in place either.
+
+    Those that hold most come first. Nothing, where the adapter changes no layer's weight: a prefix, say.
+    """
+    sites = {site for site, delta in adapter.sites.items() if delta.folds}
+    return uncovered(adapter.model, sites, adapter.parameters()) if sites else []
+
+
 def table_of(adapter: Adapter) -> Table:
-    """The rows as a table, with the trained share of the whole model in the last line."""
+    """The rows as a table, with the trained share of the whole model in the last line.
+
+    Below it stands what weight matrices no delta reaches.
+    """
     rows, whole = rows_of(adapter), numbers_in(adapter.model)
     trained, size = sum(row.parameters for row in rows), sum(row.size for row in rows)
     table = Table(title=f"{type(adapter.strategy).__name__} on {class_name(adapter.model)}", title_justify="left")
@@ -52,10 +64,12 @@ def table_of(adapter: Adapter) -> Table:
     for part in adapter.strategy.parts(adapter):
         own = list(part.parameters().values())
         number, memory = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
-        share = f"{number / whole:.2%} of {whole:,}"
-        table.add_row(type(part.strategy).__name__, str(len(part.sites)), share, f"{number:,}", _bytes(memory))
-    count, share = str(sum(row.count for row in rows)), f"{trained / whole:.2%} of {whole:,}"
-    table.add_row("all that trains", count, share, f"{trained:,}", _bytes(size), style="bold")
+        percent = f"{number / whole:.2%} of {whole:,}"
+        table.add_row(type(part.strategy).__name__, str(len(part.sites)), percent, f"{number:,}", _bytes(memory))
+    count, percent = str(sum(row.count for row in rows)), f"{trained / whole:.2%} of {whole:,}"
+    table.add_row("all that trains", count, percent, f"{trained:,}", _bytes(size), style="bold")
+    if left := without_delta(adapter):
+        table.caption, table.caption_justify = f"no delta on {share(left, adapter.model)}", "left"
     return table
 
 

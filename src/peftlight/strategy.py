@@ -102,6 +102,8 @@ class Adapter:
     """The deltas by the name of the module they sit on."""
     trained: list[str] = field(default_factory=list)
     """Names of the base's modules and parameters trained in place."""
+    heads: list[str] = field(default_factory=list)
+    """Those of `trained` that are trained beside the strategy, whatever it is: a new head, for example."""
     originals: dict[str, Tensor] = field(default_factory=dict)
     """The values that `trained` had before, where they are kept.
 
@@ -195,10 +197,11 @@ class Adapter:
     def train_in_float32(self) -> None:
         """Put what trains into float32 on a base in half precision, together with the vectors beside it.
 
-        A normalisation takes weight and bias in one precision only.
+        A normalisation takes weight, bias and running statistics in one precision only.
         """
         for name, parameter in self.parameters().items():
-            beside = self.model.get_submodule(name.rpartition(".")[0]).parameters(recurse=False)
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            beside: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             for each in [parameter, *(other for other in beside if other.dim() == parameter.dim() == 1)]:
                 if each.dtype in (torch.bfloat16, torch.float16):
                     each.data = each.data.float()
@@ -356,6 +359,11 @@ class Adapter:
             for name, value in kept.items():
                 kept[name] = value.to(self._tensor(name).device)
 
+    def site_of(self, name: str) -> str | None:
+        """The module whose delta a parameter of that name in the model belongs to; None: it is the base's own."""
+        path, mark, _ = f".{name}".rpartition(f".{CHILD}.{self.name}.")
+        return path.lstrip(".") if mark else None
+
     def _prefix(self, site: str) -> str:
         """What the names of a site's tensors begin with in the model."""
         return _prefix(site, self.name)
@@ -417,7 +425,8 @@ def attach(
         model.requires_grad_(False)
         single = [entry for entry in modules_to_train if entry in dict(model.named_parameters())]
         heads = matching(model, [entry for entry in modules_to_train if entry not in single])
-        adapter = Adapter(name, model, strategy, trained=list(dict.fromkeys([*heads, *strategy.train(model)])))
+        trained = list(dict.fromkeys([*heads, *strategy.train(model)]))
+        adapter = Adapter(name, model, strategy, trained=trained, heads=heads)
         _refuse_quantized(adapter)
         _train_in_place(adapter, keep_base)
         for site, delta in list(strategy.deltas(model)):

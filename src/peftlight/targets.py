@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,15 +9,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 from peftlight.architectures import ARCHITECTURES, Architecture
+from peftlight.candidates import PRESETS, Candidates
+from peftlight.coverage import no_layers, share
 from peftlight.errors import UserError, listed, nearest
 from peftlight.layer_ranges import in_layers
-from peftlight.linear import is_linear
-from peftlight.paths import at_end, end_of, heads_of, inside, leaf_of, named, own_modules, place_of
+from peftlight.paths import at_end, end_of, inside, leaf_of, named, own_modules, own_parameters, place_of
 
 T = TypeVar("T")
-
-PRESETS = ("attention", "attention+mlp", "all-linear")
-"""What `target_modules` may be besides names and regular expressions."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ def select(
     exclude_modules: list[str] | None = None,
     layers: str | list[int] | None = None,
     skip: Collection[str] = (),
+    method: str = "This strategy",
 ) -> Selection:
     """The modules of `model` that `target_modules` asks for and that a strategy can change.
 
@@ -53,17 +51,18 @@ def select(
         exclude_modules: Names, as above, of modules to leave alone with all that is inside them.
         layers: Blocks of each stack: "last 4", "first 2", "0-3", "5", or numbers, negative ones from the end.
         skip: Paths of modules that are trained whole; nothing inside them is selected.
+        method: What the strategy is called in an error.
 
     Raises:
         UserError: a name matches nothing that can be changed, `layers` is wrong, or nothing is selected.
     """
-    scene = _Scene(model, kinds, skip, exclude_modules or [])
-    wanted, notice = _wanted(scene, target_modules)
+    candidates = Candidates(model, kinds, skip, exclude_modules or [])
+    wanted, notice = _wanted(candidates, target_modules)
     found = {name for names in wanted.values() for name in names}
     if not found:
-        raise UserError(f"target_modules: {target_modules!r} selects nothing.{scene.inventory()}")
+        raise UserError(f"target_modules: {target_modules!r} selects nothing{_why(candidates, target_modules, method)}")
     kept = found if layers is None else in_layers(model, found, layers)
-    modules = {name: module for name, module in scene.modules.items() if name in kept}
+    modules = {name: module for name, module in candidates.modules.items() if name in kept}
     matched = {entry: sum(name in modules for name in names) for entry, names in wanted.items()}
     return Selection(modules, matched, notice)
 
@@ -97,9 +96,14 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def trained_whole(model: nn.Module) -> list[str]:
-    """Modules whose weight is already trained: a head takes no LoRA on top."""
-    weights = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
-    return [name for name, weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]
+    """Modules whose weight, or another matrix, is already trained: a head takes no LoRA on top."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(
+            p.requires_grad and (leaf == "weight" or p.dim() > 1) for leaf, p in module.named_parameters(recurse=False)
+        )
+    ]
 
 
 def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
@@ -123,127 +127,110 @@ def check_patterns(field: str, patterns: Iterable[str], names: Collection[str]) 
             )
 
 
-class _Scene:
-    """A model, what may be changed in it, and the reason why the rest may not."""
-
-    def __init__(
-        self, model: nn.Module, kinds: tuple[type[nn.Module], ...], skip: Collection[str], exclude: Sequence[str]
-    ) -> None:
-        self.model = model
-        self.kinds = kinds
-        self.modules = dict(own_modules(model))
-        self.skip = set(skip)
-        self.excluded: set[str] = set()
-        self.heads = heads_of(model)
-        for entry in exclude:
-            hits = named(self.modules, entry)
-            if not hits:
-                raise UserError(f"exclude_modules: {entry!r} matches no module.{self.near(entry)}{self.inventory()}")
-            self.excluded.update(hits)
-
-    def obstacle(self, name: str) -> str | None:
-        """Why a module cannot be selected, to be read after "it is"; None if it can."""
-        module = self.modules[name]
-        if inside(name, self.excluded):
-            return "left out by exclude_modules"
-        if inside(name, self.skip):
-            return "trained whole, so it takes no adapter"
-        if not (isinstance(module, self.kinds) or (nn.Linear in self.kinds and is_linear(module))):
-            return f"a {type(module).__name__}; the kinds supported here are {self.supported()}"
-        if self.bypassed(name):
-            parent = type(self.modules[name.rpartition(".")[0]]).__name__
-            return f"part of {parent}, which uses the weight directly, so that an adapter would do nothing"
-        return None
-
-    def bypassed(self, name: str) -> bool:
-        """Whether the module around it reads its weight and never calls it, at least in a fused kernel."""
-        path, _, leaf = name.rpartition(".")
-        parent = self.modules.get(path)
-        mamba = hasattr(parent, "A_log") and hasattr(parent, "D") and leaf in ("x_proj", "dt_proj", "out_proj")
-        return mamba or isinstance(parent, nn.MultiheadAttention)
-
-    def usable(self) -> list[str]:
-        return [name for name in self.modules if self.obstacle(name) is None]
-
-    def linear(self) -> list[str]:
-        """The linear layers that a preset may choose: those outside the heads."""
-        return [name for name in self.usable() if is_linear(self.modules[name]) and not inside(name, self.heads)]
-
-    def supported(self) -> str:
-        return ", ".join(kind.__name__ for kind in self.kinds)
-
-    def near(self, entry: str) -> str:
-        depth = entry.count(".") + 1
-        ends = [end_of(name, depth) if depth > 1 else leaf_of(name) for name in self.usable()]
-        return nearest(entry, dict.fromkeys([*ends, *PRESETS]))
-
-    def inventory(self) -> str:
-        leaves = Counter(map(leaf_of, self.usable()))
-        if not leaves:
-            return f" This {type(self.model).__name__} has no module of a supported kind ({self.supported()})."
-        return f" Adaptable names in this model: {listed((f'{leaf} ({n})' for leaf, n in leaves.items()), most=16)}."
-
-
 _Wanted = tuple[dict[str, list[str]], str | None]
 """The modules of each name, pattern or preset; and the notice."""
 
 
-def _wanted(scene: _Scene, target: str | Sequence[str] | None) -> _Wanted:
+def _wanted(candidates: Candidates, target: str | Sequence[str] | None) -> _Wanted:
     if target == "all-linear":
-        return {"all-linear": scene.linear()}, None
+        return {"all-linear": candidates.linear()}, _passed_by(candidates)
     if target is None or target in PRESETS:
-        return _by_table(scene, target) or _by_structure(scene, target)
+        return _by_table(candidates, target) or _by_structure(candidates, target)
     if isinstance(target, str) and not re.fullmatch(r"[\w.]+", target):
-        hits = {target: _matched_by_regex(scene, target)}
+        hits = {target: _matched_by_regex(candidates, target)}
     else:
-        hits = {entry: _matched_by_name(scene, entry) for entry in ([target] if isinstance(target, str) else target)}
+        hits = {
+            entry: _matched_by_name(candidates, entry) for entry in ([target] if isinstance(target, str) else target)
+        }
     if not hits:
-        raise UserError(f"target_modules: the list is empty; name at least one module.{scene.inventory()}")
+        raise UserError(f"target_modules: the list is empty; name at least one module.{candidates.inventory()}")
     notice = None
-    bypassed = [name for names in hits.values() for name in names if scene.bypassed(name)]
+    bypassed = [name for names in hits.values() for name in names if candidates.bypassed(name)]
     if bypassed:
         notice = f"Left alone, because the module around them uses their weights directly: {listed(bypassed)}."
-    return {entry: _reachable(scene, entry, names) for entry, names in hits.items()}, notice
+    return {entry: _reachable(candidates, entry, names) for entry, names in hits.items()}, notice
 
 
-def _matched_by_name(scene: _Scene, entry: str) -> list[str]:
-    hits = named(scene.modules, entry)
+def _why(candidates: Candidates, target: str | Sequence[str] | None, method: str) -> str:
+    """Why a preset selects nothing, and what does; the end of a sentence, and more."""
+    model = type(candidates.model).__name__
+    if not (target is None or target in PRESETS) or candidates.has_linear():
+        return f".{candidates.inventory()}"
+    lack = f", for this {model} has no linear layer outside its head."
+    if convolutions := candidates.convolutions():
+        return (f"{lack} Leave target_modules out: then its {len(convolutions)} convolutions are adapted; or name some."
+                f"{candidates.inventory()}")  # fmt: skip
+    if candidates.has_convolutions():
+        return (f"{lack} {method} adapts no convolutions. Choose LoRA (init_lora_weights default or gaussian), which "
+                "does.")  # fmt: skip
+    return f".{candidates.inventory()}"
+
+
+def _passed_by(candidates: Candidates) -> str | None:
+    """What all-linear leaves out though it does a linear layer's work."""
+    left = no_layers(candidates.model, candidates.skip)
+    if not left:
+        return None
+    return (
+        f"all-linear leaves out weight matrices that are no layers: {share(left, candidates.model)}. To train some of "
+        "them whole, name their modules in trained_modules (attach: modules_to_train)."
+    )
+
+
+def _matched_by_name(candidates: Candidates, entry: str) -> list[str]:
+    hits = named(candidates.modules, entry)
     if not hits and entry in PRESETS:
         raise UserError(f"target_modules: {entry!r} is a preset; give it alone, not in a list.")
+    parameters = named((name for name, _ in own_parameters(candidates.model)), entry)
+    if not hits and parameters:
+        raise UserError(_is_parameter(candidates, entry, parameters))
     if not hits:
-        raise UserError(f"target_modules: {entry!r} matches no module.{scene.near(entry)}{scene.inventory()}")
+        raise UserError(f"target_modules: {entry!r} matches no module.{candidates.near(entry)}{candidates.inventory()}")
     return hits
 
 
-def _matched_by_regex(scene: _Scene, pattern: str) -> list[str]:
+def _is_parameter(candidates: Candidates, entry: str, found: Sequence[str]) -> str:
+    owner = found[0].rpartition(".")[0]
+    if candidates.obstacle(owner) is None:
+        return f"target_modules: {entry!r} is the parameter of a layer. Name the layer: {end_of(owner, 1)}"
+    shape = tuple(candidates.model.get_parameter(found[0]).shape)
+    return (
+        f"target_modules: {entry!r} is no layer but a parameter, {found[0]} with the shape {shape}"
+        f"{f', and {len(found) - 1} more' if len(found) > 1 else ''}. A delta sits on a layer and changes what that "
+        f"computes; no strategy adapts single parameters. To train it whole with its module: trained_modules "
+        f"[{end_of(owner, 2)}] (attach: modules_to_train).{candidates.inventory()}"
+    )
+
+
+def _matched_by_regex(candidates: Candidates, pattern: str) -> list[str]:
     _check_regex("target_modules", pattern)
-    hits = [name for name in scene.modules if re.fullmatch(pattern, name)]
+    hits = [name for name in candidates.modules if re.fullmatch(pattern, name)]
     if not hits:
-        ends = sum(at_end(pattern, name) for name in scene.modules)
+        ends = sum(at_end(pattern, name) for name in candidates.modules)
         whole = rf"(.*\.)?({pattern})"
-        hint = f" It matches the end of {ends} of them: write {whole!r}." if ends else scene.near(pattern)
+        hint = f" It matches the end of {ends} of them: write {whole!r}." if ends else candidates.near(pattern)
         raise UserError(
             f"target_modules: the regular expression {pattern!r} matches the whole path of no module.{hint}"
-            f"{scene.inventory()}"
+            f"{candidates.inventory()}"
         )
     return hits
 
 
-def _reachable(scene: _Scene, entry: str, hits: list[str]) -> list[str]:
-    obstacles = {name: scene.obstacle(name) for name in hits}
+def _reachable(candidates: Candidates, entry: str, hits: list[str]) -> list[str]:
+    obstacles = {name: candidates.obstacle(name) for name in hits}
     usable = [name for name, obstacle in obstacles.items() if obstacle is None]
     if not usable:
         reasons = dict.fromkeys(obstacles.values())
         raise UserError(
             f"target_modules: {entry!r} matches only what cannot be adapted, {listed(hits, most=2)}: it is "
-            f"{'; it is '.join(map(str, reasons))}.{scene.near(entry)}{scene.inventory()}"
+            f"{'; it is '.join(map(str, reasons))}.{candidates.near(entry)}{candidates.inventory()}"
         )
     return usable
 
 
-def _by_table(scene: _Scene, preset: str | None) -> _Wanted | None:
+def _by_table(candidates: Candidates, preset: str | None) -> _Wanted | None:
     """What the table of architectures says; None if it does not know the model."""
-    model_type, architecture, part = _architecture(scene.model)
+    model_type, architecture, part = _architecture(candidates.model)
     if architecture is None:
         return None
     entries, notices = architecture.default, []
@@ -255,14 +242,14 @@ def _by_table(scene: _Scene, preset: str | None) -> _Wanted | None:
         )
     if part:
         notices.append(f"Only the text part ({listed(sorted(part))}, a {model_type!r}) is adapted.")
-    in_part = [name for name in scene.modules if not part or inside(name, part)]
+    in_part = [name for name in candidates.modules if not part or inside(name, part)]
     if isinstance(entries, str):
         hits = {entries: [name for name in in_part if re.fullmatch(entries, name)]}
     else:
         hits = {entry: named(in_part, entry) for entry in entries}
     if not any(hits.values()):
         return None
-    linear = set(scene.linear())
+    linear = set(candidates.linear())
     kept = {entry: [name for name in names if name in linear] for entry, names in hits.items()}
     return {entry: names for entry, names in kept.items() if names}, " ".join(notices) or None
 
@@ -288,20 +275,24 @@ def _of_type(model: nn.Module, model_type: str) -> set[str]:
     return found
 
 
-def _by_structure(scene: _Scene, preset: str | None) -> _Wanted:
+def _by_structure(candidates: Candidates, preset: str | None) -> _Wanted:
     """Without the table: what sits in attention blocks, and in the repeated blocks around them."""
-    linear = scene.linear()
-    names, what = [name for name in linear if _in_attention(scene, name)], "the linear layers in attention blocks"
+    linear = candidates.linear()
+    names, what = [name for name in linear if _in_attention(candidates, name)], "the linear layers in attention blocks"
     if preset == "attention+mlp":
         attention = set(names)
         names = [name for name in linear if name in attention or (place_of(name) and "router" not in name)]
         what = "the linear layers in its blocks"
     elif preset is None and not names:
         names, what = linear, "all linear layers except the head"
+        if not names:
+            names, what = candidates.convolutions(), "its convolutions, but for those of several groups"
     wanted: dict[str, list[str]] = {}
     for name in names:
         wanted.setdefault(leaf_of(name), []).append(name)
-    model_type = getattr(getattr(scene.model, "config", None), "model_type", None) or type(scene.model).__name__
+    model_type = (
+        getattr(getattr(candidates.model, "config", None), "model_type", None) or type(candidates.model).__name__
+    )
     notice = (
         f"The names in {str(model_type)!r} are not known, so its structure decided on {what}: "
         f"{listed(f'{leaf} ({len(found)})' for leaf, found in wanted.items())}. To choose yourself, set target_modules "
@@ -310,10 +301,10 @@ def _by_structure(scene: _Scene, preset: str | None) -> _Wanted:
     return wanted, notice
 
 
-def _in_attention(scene: _Scene, name: str) -> bool:
+def _in_attention(candidates: Candidates, name: str) -> bool:
     """Whether, from the module outwards, its path speaks of attention before it speaks of a feed-forward block."""
     while name:
-        words = f"{name.rpartition('.')[2]} {type(scene.modules[name]).__name__}".lower()
+        words = f"{name.rpartition('.')[2]} {type(candidates.modules[name]).__name__}".lower()
         if re.search("attention|attn", words):
             return True
         if re.search("mlp|feed_?forward|ffn|expert", words):

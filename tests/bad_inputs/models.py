@@ -121,6 +121,13 @@ DAMAGED = [
         "(400, 16) there, (400, 32) here",
     ),
     _damaged(
+        "a head for other classes",
+        _tensors(lambda t: t.update({"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)})),
+        "has a head for",
+        "classifier.weight is (3, 32) there, (2, 32) here",
+        "--model.new_head true",
+    ),
+    _damaged(
         "weights that are missing", _tensors(_without_layer), "lack weights of its layers", "bert.encoder.layer.1"
     ),
     _damaged(

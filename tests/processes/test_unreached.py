@@ -16,6 +16,7 @@ from peftlight import PEFTStrategy
 from peftlight.delta import Delta
 from peftlight.errors import UserError
 from peftlight.processes import FSDP2Strategy
+from peftlight.strategies import Full
 from peftlight.tasks import CausalLM
 from processes.worlds import spawn
 from tasks.small import batches, loader, quiet_trainer, token_rows
@@ -57,6 +58,20 @@ def outcome(strategy: Any, used_by: list[int], folder: Path) -> str:
     return "trained"
 
 
+def of_full(strategy: Any, folder: Path) -> str:
+    """What a full fine-tuning of a model says that has a parameter which no forward reads."""
+    model = make("llama")
+    model.model.register_parameter("unread", nn.Parameter(torch.ones(32)))  # type: ignore[union-attr]
+    module = CausalLM(model, Full())
+    trainer = quiet_trainer(folder, strategy=strategy, devices=2, use_distributed_sampler=False)
+    try:
+        trainer.fit(module, loader(batches(token_rows([5, 6, 7, 8]), 2)))
+    except UserError as error:
+        return str(error)
+    assert module.verdict is not None
+    return f"trained, left: {module.verdict.still}"
+
+
 def one_process(rank: int, processes: int, folder: Path) -> None:
     tasks.keep_watch = lambda trainer: None  # type: ignore[attr-defined]  # so that each process says what it found
     ways = {
@@ -65,15 +80,16 @@ def one_process(rank: int, processes: int, folder: Path) -> None:
         "replicated": lambda: FSDP2Strategy(shard_adapter=False),
         "finding": lambda: "ddp_find_unused_parameters_true",
     }
-    found = {
+    found: dict[tuple[str, tuple[Any, ...]], str] = {
         (way, used_by): outcome(make_strategy(), list(used_by), folder)
         for way, make_strategy in ways.items() for used_by in ((), (1,), (0, 1))
     }  # fmt: skip
+    found |= {(way, ("full",)): of_full(make_strategy(), folder) for way, make_strategy in ways.items()}
     torch.save(found, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, tuple[int, ...]], str]]:
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, tuple[Any, ...]], str]]:
     """What each of the two processes said."""
     folder = tmp_path_factory.mktemp("unreached")
     spawn(one_process, 2, folder)
@@ -81,7 +97,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, tuple
 
 
 pytestmark = pytest.mark.slow
-Said = list[dict[tuple[str, tuple[int, ...]], str]]
+Said = list[dict[tuple[str, tuple[Any, ...]], str]]
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "replicated"])
@@ -107,3 +123,11 @@ def test_what_all_reach_trains(way: str, said: Said) -> None:
 def test_ddp_can_be_told_to_find_them(said: Said) -> None:
     assert [process["finding", (1,)] for process in said] == ["trained", "trained"]
     assert all("had no gradient in the first step" in process["finding", ()] for process in said)
+
+
+def test_full_leaves_what_no_forward_reads_and_under_ddp_says_with_which_option(said: Said) -> None:
+    for process in said:
+        assert "model.unread" in process["ddp", ("full",)]
+        assert "Set --trainer.strategy ddp_find_unused_parameters_true" in process["ddp", ("full",)]
+        for way in ("finding", "fsdp2", "replicated"):
+            assert process[way, ("full",)] == "trained, left: ['model.unread']"

@@ -9,14 +9,15 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2ForImageClassification
 
-from models import make
-from peftlight import Adapter, PEFTStrategy, attach
+from models import inputs_for, make
+from peftlight import Adapter, PEFTStrategy, attach, load_adapter, save_adapter
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
 from peftlight.liveness import Liveness
-from peftlight.strategies import BitFit, LoRA
-from peftlight.tasks import SequenceClassification
+from peftlight.strategies import BitFit, Full, LoRA
+from peftlight.tasks import ImageClassification, SequenceClassification
 from tasks.small import QUIET, batches, class_rows, loader, quiet_trainer, trained
 
 pytestmark = QUIET
@@ -72,6 +73,86 @@ def test_a_tensor_without_a_gradient_ends_the_run_at_its_first_step(tmp_path: Pa
     with pytest.raises(UserError, match=r"1 of 4 trained tensors had no gradient .*output.dense.deltas.default.dead"):
         fitted(_Scaled(dead=True), tmp_path, [counted])
     assert counted.steps == 0
+
+
+class _Routed(nn.Module):
+    """Two experts, of which the second is needed from the third batch on, and a parameter that no forward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(100, 8), nn.Linear(8, 3)
+        self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.unread = nn.Parameter(torch.ones(8))
+        self.calls = 0
+
+    def forward(self, input_ids: Tensor, **_: Tensor) -> Tensor:
+        self.calls += 1
+        scores: Tensor = self.head(self.experts[int(self.calls > 2)](self.embedding(input_ids).mean(1)))
+        return scores
+
+
+def routed(strategy: PEFTStrategy, folder: Path) -> SequenceClassification:
+    module = SequenceClassification(_Routed(), strategy, num_labels=3)
+    quiet_trainer(folder, max_epochs=3).fit(module, loader(batches(class_rows([5, 7, 4, 6], LABELS), 2)))
+    return module
+
+
+SECOND = {"experts.1.weight", "experts.1.bias"}
+
+
+@pytest.mark.parametrize("strategy", [Full(), BitFit()], ids=["Full", "BitFit"])
+def test_what_only_a_later_step_reaches_trains_from_then_on(
+    strategy: PEFTStrategy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = routed(strategy, tmp_path)
+    found = {tensor.name: tensor for tensor in module.verdict.trained}
+    for name in SECOND & found.keys():
+        assert name in caplog.text
+        assert (found[name].had_gradient, found[name].moved) == (True, True)
+    assert module.verdict.still == (["unread"] if isinstance(strategy, Full) else [])
+    assert "had no gradient in the first step" in caplog.text
+    assert "They stay as they are, unless a later step reaches them" in caplog.text
+
+
+def test_what_all_linear_finds_may_wait_too_and_what_is_named_may_not(tmp_path: Path) -> None:
+    module = routed(LoRA(rank=2, target_modules="all-linear"), tmp_path)
+    assert module.verdict.still == []
+    options = r"\(target_modules, exclude_modules, layers, modules_to_save\)"
+    with pytest.raises(UserError, match=rf"2 of 6 trained.*experts\.1.*Leave their modules out {options}"):
+        routed(LoRA(rank=2, target_modules=["experts.0", "experts.1"], modules_to_save=["head"]), tmp_path)
+    routed(LoRA(rank=2, target_modules=["experts.0"], modules_to_save=["head"]), tmp_path)  # as it says
+    few: dict[str, Any] = {"target_modules": r"experts\..", "exclude_modules": ["experts.1"]}
+    routed(LoRA(rank=2, **few, modules_to_save=["head"]), tmp_path)
+
+
+def test_advice_names_only_options_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="_Scaled has no option that leaves them out: choose another strategy"):
+        fitted(_Scaled(dead=True), tmp_path)
+    module = SequenceClassification(_Routed(), LoRA(rank=2, target_modules=["experts.0"]), num_labels=3,
+                                    trained_modules=["experts.1"])  # fmt: skip
+    rows = loader(batches(class_rows([5, 7, 4, 6], LABELS), 2))
+    with pytest.raises(UserError, match=r"2 of 4 trained.*experts\.1\.weight.*, trained_modules\)"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, rows)
+
+
+def test_a_mask_token_that_no_forward_reads_does_not_end_full_fine_tuning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+    make_model = lambda: Dinov2ForImageClassification(Dinov2Config(**sizes, patch_size=8, num_labels=3))  # noqa: E731
+    torch.manual_seed(0)
+    model = make_model()
+    inputs = {key: value[:2] for key, value in inputs_for("vit").items()}
+    module = ImageClassification(model, Full(), num_labels=3)
+    quiet_trainer(tmp_path, max_epochs=2).fit(module, loader([inputs]))
+    assert module.verdict.still == ["dinov2.embeddings.mask_token"]
+    assert "dinov2.embeddings.mask_token. They stay as they are" in caplog.text
+    save_adapter(module.adapter, tmp_path / "saved")
+    fresh = make_model()
+    load_adapter(fresh, tmp_path / "saved")
+    inputs.pop("labels")
+    torch.testing.assert_close(fresh.eval()(**inputs).logits, model.eval()(**inputs).logits)
 
 
 class _LetGo(SequenceClassification):

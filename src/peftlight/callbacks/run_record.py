@@ -23,7 +23,7 @@ from peftlight.files import clear_unfinished, write_text
 from peftlight.handover.model_card import write_card
 from peftlight.interop import save_adapter
 from peftlight.quantization import held
-from peftlight.report import rows_of, table_of
+from peftlight.report import rows_of, table_of, without_delta
 from peftlight.resume.past import Past, read_run
 from peftlight.resume.recorded import KEY, Recorded, facts_of, versions
 from peftlight.shards import is_sharded
@@ -115,6 +115,7 @@ class RunRecord(TaskCallback):
             steps = trainer.estimated_stepping_batches
             self.record["steps_planned"] = None if steps == float("inf") else steps
             self.record["trained"] = [_plain(row) for row in rows_of(pl_module.adapter)]
+            self.record["without_delta"] = [_plain(each) for each in without_delta(pl_module.adapter)]
             self._write("running")
 
     def _note_facts(self, trainer: Trainer, module: PEFTModule) -> None:

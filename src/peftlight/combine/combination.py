@@ -13,7 +13,7 @@ from peftlight.combine.result import made
 from peftlight.delta import Factors
 from peftlight.errors import UserError, listed, nearest
 from peftlight.matrices import Matrix
-from peftlight.paths import heads_of, inside
+from peftlight.paths import heads_of, inside, output_embedding
 from peftlight.strategy import Adapter, adapters_on
 from peftlight.updates import Updates
 
@@ -146,7 +146,7 @@ def _heads(updates: Sequence[Updates], chosen: str | None) -> dict[str, Tensor]:
 def _whole_heads(updates: Updates) -> dict[str, Updates]:
     """What the adapter trains in place of modules outside the pretrained model that it trains whole, by name."""
     model = updates.adapter.model
-    pretrained = getattr(model, "get_output_embeddings", lambda: None)()
+    pretrained = output_embedding(model)
     heads = {path for path in heads_of(model) if model.get_submodule(path) is not pretrained}
     found: dict[str, Updates] = {}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in updates.trained if inside(name, heads)):

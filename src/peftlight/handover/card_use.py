@@ -26,12 +26,14 @@ def usage(facts: RunFacts, base: str | None) -> Iterator[str]:
     if base is None or auto_class is None or not is_public(base):
         return
     revision = facts.record.base.revision if base == facts.record.base.name else None
-    options = "".join([f", num_labels={len(facts.record.label_names)}" if facts.record.label_names else ""])
-    yield block("python", _ours(base, revision, auto_class, options))
+    # The base's own head may be for other classes; the adapter brings one.
+    options = f", num_labels={len(facts.record.label_names)}" if facts.record.label_names else ""
+    yield block("python", _ours(base, revision, auto_class, f"{options}, other_head=True" if options else ""))
     same = auto_class in _COMMANDS or str(facts.config.get("peft_type")) not in _PROMPTS
     if facts.read_by_peft and same and is_hub_id(base):
         yield "Without peftlight, in HF PEFT:"
-        yield block("python", _theirs(base, revision, auto_class, options))
+        other = f"{options}, ignore_mismatched_sizes=True" if options else ""
+        yield block("python", _theirs(base, revision, auto_class, other))
 
 
 def _ours(base: str, revision: str | None, auto_class: str, options: str) -> str:

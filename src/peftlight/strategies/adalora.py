@@ -95,8 +95,9 @@ class AdaLoRA(PEFTStrategy):
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
         sites = chosen(
-            model, self.target_modules, (nn.Linear,), exclude_modules=self.exclude_modules, layers=self.layers
-        )
+            model, self.target_modules, (nn.Linear,), exclude_modules=self.exclude_modules, layers=self.layers,
+            method=type(self).__name__,
+        )  # fmt: skip
         sizes = {name: widths(module) for name, module in sites.items()}
         self._check_ranks(sizes)
         scale = self.alpha / (self.init_r + 1e-5)  # HF PEFT guards the division, and so the last digits are its own

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftlight.blocks import blocks_of
+from peftlight.blocks import blocks_for
 from peftlight.errors import UserError
 from peftlight.paths import heads_of, own_parameters
 from peftlight.strategy import PEFTStrategy
@@ -44,7 +44,7 @@ def _is_bias(name: str) -> bool:
 
 def _queries_and_inner_layers(model: nn.Module) -> list[str]:
     names: list[str] = []
-    for block in blocks_of(model):
+    for block in blocks_for("BitFit with biases query+mlp", model):
         for attention in block.attentions:
             if attention.query is None:
                 raise UserError(

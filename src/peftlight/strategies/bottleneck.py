@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from peftlight.blocks import Block, blocks_of
+from peftlight.blocks import Block, blocks_for
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError, listed, nearest
 from peftlight.linear import widths
@@ -132,7 +132,8 @@ class BottleneckAdapter(PEFTStrategy):
 
     def _blocks(self, model: nn.Module) -> list[Block]:
         """The blocks within `layers`, once it is sure that each of them can be adapted."""
-        every, kind = blocks_of(model), type(self).__name__
+        kind = type(self).__name__
+        every = blocks_for(kind, model)
         reachable = select(model, "all-linear", (nn.Linear,), layers=self.layers).modules
         blocks = [block for block in every if any(name.startswith(f"{block.path}.") for name in reachable)]
         unfit = {block.path: lack for block in blocks if (lack := self._lack(block, reachable))}

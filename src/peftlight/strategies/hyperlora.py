@@ -54,7 +54,10 @@ class HyperLoRA(PEFTStrategy):
         plain = dict(self._plain().deltas(model))
         others = [name for name, delta in plain.items() if type(delta) is not LinearLoRA]
         if others:
-            raise UserError(f"HyperLoRA writes the factors of linear layers; {others[0]} is none. Leave it out.")
+            raise UserError(
+                f"HyperLoRA writes the factors of linear layers; {others[0]} is none. "
+                + ("Leave it out (exclude_modules)." if len(others) < len(plain) else "Choose LoRA instead.")
+            )
         layers = list(dict.fromkeys(place_of(name) for name in plain))
         shapes = [(delta.get_parameter("A").shape, delta.get_parameter("B").shape) for delta in plain.values()]
         kinds = list(dict.fromkeys((leaf_of(name), *shape) for name, shape in zip(plain, shapes, strict=True)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftlight.blocks import blocks_of
+from peftlight.blocks import blocks_for
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError, listed
 from peftlight.linear import widths
@@ -33,7 +33,9 @@ class IA3(PEFTStrategy):
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
         targets = _keys_values_and_outputs(model) if self.target_modules is None else self.target_modules
-        sites = chosen(model, targets, (nn.Linear,), exclude_modules=self.exclude_modules, layers=self.layers)
+        sites = chosen(
+            model, targets, (nn.Linear,), exclude_modules=self.exclude_modules, layers=self.layers, method="IA3"
+        )
         feed_forward = self._feed_forward(model, sites)
         for name, module in sites.items():
             inputs, outputs = widths(module)
@@ -41,7 +43,7 @@ class IA3(PEFTStrategy):
 
     def _feed_forward(self, model: nn.Module, sites: dict[str, nn.Module]) -> set[str]:
         if self.feedforward_modules is None:
-            return {block.feed_forward.output for block in blocks_of(model) if block.feed_forward}
+            return {block.feed_forward.output for block in blocks_for("IA3", model) if block.feed_forward}
         named = {entry: set(matching(model, [entry])) & sites.keys() for entry in self.feedforward_modules}
         lost = [entry for entry, names in named.items() if not names]
         if lost:
@@ -55,7 +57,7 @@ class IA3(PEFTStrategy):
 def _keys_values_and_outputs(model: nn.Module) -> list[str]:
     """As in section 3.3; where one layer makes queries, keys and values, its whole output is scaled, as in HF PEFT."""
     names: list[str] = []
-    for block in blocks_of(model):
+    for block in blocks_for("IA3", model):
         for attention in block.attentions:
             names += [name for name in (attention.key, attention.value, attention.fused) if name]
         names += [block.feed_forward.output] if block.feed_forward else []

@@ -24,9 +24,12 @@ class LayerNormTuning(PEFTStrategy):
     def train(self, model: nn.Module) -> Iterable[str]:
         norms = [name for name, module in own_modules(model) if _is_norm(module)]
         if not norms:
+            batch = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for _, module in own_modules(model))
             raise UserError(
-                f"This {type(model).__name__} has no normalisation layer with a scale. Choose LoRA instead."
-            )
+                f"LayerNormTuning trains normalisations over features, and this {type(model).__name__} has "
+                + ("only some over the batch (BatchNorm): choose BitFit, which trains their shifts, or LoRA."
+                   if batch else "none with a scale. Choose LoRA instead.")
+            )  # fmt: skip
         if self.target_modules is None:
             return norms
         named = matching(model, self.target_modules)

@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from peftlight.candidates import PRESETS
 from peftlight.delta import Delta, Factors
 from peftlight.errors import UserError, listed, nearest
 from peftlight.linear import is_linear
@@ -35,6 +36,8 @@ from peftlight.targets import check_patterns, chosen, matching, pattern_value
 Start = Literal["default", "gaussian", "pissa", "olora", "eva"]
 FROM_WEIGHT = ("pissa", "olora")
 """The starts that are parts of the weight."""
+_OF_LINEAR = (*FROM_WEIGHT, "eva")
+"""The starts that only linear layers have."""
 
 
 @dataclass
@@ -215,7 +218,7 @@ class LoRA(PEFTStrategy):
     def _delta(self, name: str, module: nn.Module) -> Delta:
         rank, gaussian = self._rank(name), self.init_lora_weights == "gaussian"
         scale = self._scale(name)
-        if self.init_lora_weights in (*FROM_WEIGHT, "eva") and not is_linear(module):
+        if self.init_lora_weights in _OF_LINEAR and not is_linear(module):
             raise UserError(
                 f"LoRA's init_lora_weights {self.init_lora_weights} is for linear layers; {name} is a "
                 f"{type(module).__name__}. Leave it out (exclude_modules), or choose default or gaussian."
@@ -249,7 +252,10 @@ class LoRA(PEFTStrategy):
         wasted = [name for name, limit in limits.items() if self._rank(name) > limit]
         if wasted:
             each = (f"{name} (rank {self._rank(name)}, at most {limits[name]})" for name in wasted)
-            fitting = {name.rpartition(".")[2]: limits[name] for name in wasted}
+            fitting: dict[str, int] = {}
+            for name in wasted:
+                leaf = name.rpartition(".")[2]
+                fitting[leaf] = min(limits[name], fitting.get(leaf, limits[name]))
             pattern = ", ".join(f"{leaf}: {limit}" for leaf, limit in fitting.items())
             raise UserError(
                 f"LoRA's rank is above the smaller side of {listed(each, 3)}; more of it changes nothing. Set rank to "
@@ -259,9 +265,13 @@ class LoRA(PEFTStrategy):
 
     def _sites(self, model: nn.Module) -> dict[str, nn.Module]:
         whole = matching(model, self.modules_to_save)
+        by_preset = self.target_modules is None or self.target_modules in PRESETS
+        start = self.init_lora_weights
+        linear = by_preset and start in _OF_LINEAR  # what is chosen for the user is what the start can serve
         return chosen(
-            model, self.target_modules, _KINDS, exclude_modules=self.exclude_modules, layers=self.layers, skip=whole
-        )
+            model, self.target_modules, (nn.Linear,) if linear else _KINDS, exclude_modules=self.exclude_modules,
+            layers=self.layers, skip=whole, method=f"LoRA with init_lora_weights {start}" if linear else "LoRA",
+        )  # fmt: skip
 
 
 _KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peftlight.attention import check_prefixable
-from peftlight.blocks import Attention, blocks_of
+from peftlight.blocks import Attention, blocks_for
 from peftlight.delta import Delta
 from peftlight.errors import UserError
 from peftlight.linear import widths
@@ -97,11 +97,7 @@ class PrefixTuning(PEFTStrategy):
 
 
 def _self_attentions(model: nn.Module) -> list[Attention]:
-    try:
-        blocks = blocks_of(model)
-    except UserError as error:
-        raise UserError(f"{error} Prefix tuning changes self-attention. Choose LoRA instead.") from None
-    found = [each for block in blocks for each in block.attentions if not each.crossed]
+    found = [each for block in blocks_for("PrefixTuning", model) for each in block.attentions if not each.crossed]
     if not found:
         raise UserError(
             f"Prefix tuning changes self-attention, and this {type(model).__name__} has none whose queries, keys and "

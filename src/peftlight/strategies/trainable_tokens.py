@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError, listed
 from peftlight.linear import weight_of
+from peftlight.paths import input_embedding
 from peftlight.strategy import PEFTStrategy
 from peftlight.targets import matching
 
@@ -51,12 +52,12 @@ class TrainableTokens(PEFTStrategy):
 
 
 def _input_embedding(model: nn.Module) -> list[str]:
-    found = getattr(model, "get_input_embeddings", lambda: None)()
+    found = input_embedding(model)
     names = [name for name, module in model.named_modules() if module is found]
     if not names or not isinstance(found, nn.Embedding):
         raise UserError(
-            f"This {type(model).__name__} does not say which is its embedding of tokens. If it has one, name it in "
-            "target_modules; otherwise choose LoRA instead."
+            f"TrainableTokens trains rows of the embedding of tokens, and this {type(model).__name__} does not say "
+            "which that is. If it has one, name it in target_modules; otherwise choose LoRA instead."
         )
     return names[:1]
 

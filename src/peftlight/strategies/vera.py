@@ -49,8 +49,9 @@ class VeRA(PEFTStrategy):
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[str, Delta]]:
         sites = chosen(
-            model, self.target_modules, (nn.Linear,), exclude_modules=self.exclude_modules, layers=self.layers
-        )
+            model, self.target_modules, (nn.Linear,), exclude_modules=self.exclude_modules, layers=self.layers,
+            method=type(self).__name__,
+        )  # fmt: skip
         sizes = {name: widths(module) for name, module in sites.items()}
         widest = max(inputs for inputs, _ in sizes.values()), max(outputs for _, outputs in sizes.values())
         shared = Projections(*widest, self.rank, self.projection_seed, self.save_projection)

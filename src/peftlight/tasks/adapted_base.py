@@ -30,6 +30,7 @@ def adapted_base(module: "PEFTModule", initial: Initial | None) -> Adapter:
         UserError: there is no base, the strategy does not fit it, or a new head would stay random.
     """
     model, new = _base(module)
+    new += [name for name in module.look_at_base(model, new) if name not in new]
     heads = module.heads(model, new) if module.trained_modules is None else module.trained_modules
     if initial is not None:
         initial.take(module, model)

@@ -34,11 +34,11 @@ from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.schedule import LinearWarmup
 from peftlight.tasks.token_rate import TokenRate
-from peftlight.tasks.train_mode import put_in_train_mode
 from peftlight.tasks.trained_content import forget_frozen, keep_trained, warn_of_other_base
 from peftlight.tasks.training_state import TrainingState
 from peftlight.tasks.unfreezing import Unfreezing
 from peftlight.tasks.vocabulary import check_vocabulary
+from peftlight.train_mode import put_in_train_mode
 from peftlight.watching import keep_watch
 
 AdapterDtype = Literal["float32", "bfloat16"]
@@ -130,6 +130,16 @@ class PEFTModule(LightningModule):
     def heads(self, model: nn.Module, new: Sequence[str]) -> list[str]:
         """Modules trained whole by default, given the names of the parameters that no file held."""
         return list(dict.fromkeys(name.rpartition(".")[0] for name in new))
+
+    def look_at_base(self, model: nn.Module, new: Sequence[str]) -> list[str]:
+        """Called with the base before it is adapted, and the names of the parameters that no file held.
+
+        Returns: names of further ones that are new now.
+
+        Raises:
+            UserError: it does not fit the task.
+        """
+        return []
 
     # ---- the model
 

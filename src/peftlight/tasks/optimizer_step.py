@@ -66,9 +66,9 @@ class OptimizerStep:
                 "of it (detach, no_grad, argmax, item)."
             )
         # Private, but Lightning keeps the options of DDP nowhere else.
-        finds_unused = getattr(trainer.strategy, "_ddp_kwargs", {}).get("find_unused_parameters")
-        if trainer.world_size > 1 and not finds_unused:
-            self._liveness.before_backward(loss, self._summed, trainer.world_size)
+        ddp = getattr(trainer.strategy, "_ddp_kwargs", None)
+        if trainer.world_size > 1 and not (ddp or {}).get("find_unused_parameters"):
+            self._liveness.before_backward(loss, self._summed, trainer.world_size, waits=ddp is not None)
 
     def finish(self, adapter: Adapter, optimizer: Optimizer) -> None:
         """Scale the gradients, have the guard judge them, and add the penalty's.

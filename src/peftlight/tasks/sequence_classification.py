@@ -26,6 +26,7 @@ class SequenceClassification(Classifier):
         num_labels: int | None = None,
         label_names: list[str] | None = None,
         pad_token_id: int | None = None,
+        new_head: bool = False,
         **options: Any,
     ) -> None:
         """
@@ -35,9 +36,10 @@ class SequenceClassification(Classifier):
             num_labels: number of classes; none: as many as the data has.
             label_names: names of the classes in order; none: those of the data.
             pad_token_id: token that fills up rows, for models that look for the last real one; none: that of the data.
+            new_head: whether the base's head, made for other classes, say, gives way to a new one, which is trained.
             options: those that every task has.
         """
-        super().__init__(base_model, strategy, num_labels, label_names, **options)
+        super().__init__(base_model, strategy, num_labels, label_names, new_head, **options)
         self.pad_token_id = pad_token_id
         self.hparams.update(pad_token_id=pad_token_id)
 

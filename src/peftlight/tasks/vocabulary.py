@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from peftlight.errors import UserError
+from peftlight.paths import input_embedding
 
 
 def check_vocabulary(model: nn.Module, datamodule: Any) -> None:
@@ -13,7 +14,7 @@ def check_vocabulary(model: nn.Module, datamodule: Any) -> None:
     Raises:
         UserError: the data's tokenizer is not the model's. On a GPU the run would end without a word of why.
     """
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding = input_embedding(model)
     words = getattr(embedding, "num_embeddings", None)
     tokenizer = getattr(datamodule, "tokenizer", None)
     summaries = (getattr(datamodule, "summaries", None) or {}).values()

@@ -1,4 +1,4 @@
-"""Tiny models of six architectures, made from configs, with inputs that fit them."""
+"""Tiny models of six architectures, and convolutional ones, made from configs, with inputs that fit them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,17 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -77,6 +83,28 @@ def vit(dropout: float = 0.0) -> nn.Module:
     return ViTForImageClassification(ViTConfig(**_ENCODER, image_size=16, patch_size=8, **rates))
 
 
+def convnext(dropout: float = 0.0) -> nn.Module:
+    """A ConvNeXt: depthwise convolutions, and linear layers that act on channels."""
+    sizes: dict[str, Any] = {"num_stages": 2, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": CLASSES}
+    return ConvNextForImageClassification(ConvNextConfig(**sizes, drop_path_rate=dropout, layer_scale_init_value=1.0))
+
+
+def resnet(dropout: float = 0.0) -> nn.Module:
+    """A ResNet: convolutions and BatchNorm, and no linear layer but the head; it has no dropout."""
+    sizes: dict[str, Any] = {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1], "num_labels": CLASSES}
+    return ResNetForImageClassification(ResNetConfig(**sizes))
+
+
+def mobilenet(dropout: float = 0.0) -> nn.Module:
+    """A MobileNetV2: depthwise and 1 x 1 convolutions and BatchNorm; padding is made outside of the layers."""
+    sizes: dict[str, Any] = {"depth_multiplier": 0.35, "initializer_range": 0.15, "num_labels": CLASSES}
+    return MobileNetV2ForImageClassification(MobileNetV2Config(**sizes, classifier_dropout_prob=dropout))
+
+
+CONVOLUTIONAL: dict[str, Callable[..., nn.Module]] = {"convnext": convnext, "resnet": resnet, "mobilenet": mobilenet}
+"""Networks of convolutions, which classify images. Not every strategy has a place there, so they are no part of
+`MODELS`."""
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "bert": bert,
     "roberta": roberta,
@@ -91,7 +119,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def make(name: str, dropout: float = 0.0, seed: int = 0) -> nn.Module:
     """The model of that name, the same for the same seed; in eval mode, as transformers loads models."""
     torch.manual_seed(seed)
-    build = {**MODELS, "llama_classifier": llama_classifier}[name]
+    build = {**MODELS, **CONVOLUTIONAL, "llama_classifier": llama_classifier}[name]
     return build(dropout).eval()
 
 
@@ -99,8 +127,9 @@ def inputs_for(name: str, seed: int = 1, batch: int = 4, length: int = 7) -> dic
     """A batch that fits the model, with labels."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(0, CLASSES, (batch,), generator=generator)
-    if name == "vit":
-        return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator), "labels": classes}
+    if name == "vit" or name in CONVOLUTIONAL:
+        side = 16 if name == "vit" else 32
+        return {"pixel_values": torch.randn(batch, 3, side, side, generator=generator), "labels": classes}
     tokens = torch.randint(2, VOCABULARY, (batch, length), generator=generator)
     mask = torch.ones_like(tokens)
     mask[0, length - 2 :] = 0

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from peftlight.strategy import Adapter, Material, PEFTStrategy, attach
+from peftlight.train_mode import put_in_train_mode
 
 STEPS = 12
 LEARNING_RATE = 3e-3
@@ -98,7 +99,8 @@ class Training:
         torch.manual_seed(number)  # the same dropout, wherever the training was taken up
         self.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-            loss = self.case.loss(adapter.model.train())
+            put_in_train_mode(adapter)
+            loss = self.case.loss(adapter.model)
         penalty = strategy.penalty(adapter)
         (loss if penalty is None else loss + penalty).backward()
         self.optimizer.step()

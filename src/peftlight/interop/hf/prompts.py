@@ -25,6 +25,7 @@ from peftlight.interop.hf.prompt_learning import (
     task_for,
     written,
 )
+from peftlight.paths import input_embedding
 from peftlight.strategies.prompt import PromptTuning
 from peftlight.strategy import Adapter
 from peftlight.virtual_tokens import DecoderSeesThem, VirtualTokens
@@ -107,7 +108,8 @@ def _has_equal(adapter: Adapter, strategy: PromptTuning) -> bool:
 
 
 def _trains_embeddings(model: nn.Module, trained: list[str]) -> bool:
-    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
+    table = input_embedding(model)
+    embeddings = {id(parameter) for parameter in table.parameters()} if table is not None else set()
     inside = tuple(f"{entry}." for entry in trained)
     named = model.named_parameters(remove_duplicate=False)
     return any(id(parameter) in embeddings for key, parameter in named if key in trained or key.startswith(inside))

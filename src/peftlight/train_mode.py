@@ -13,5 +13,5 @@ def put_in_train_mode(adapter: Adapter) -> None:
     adapter.model.train()
     saved = adapter.state()
     for name, module in adapter.model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
             module.train(f"{name}.running_mean".lstrip(".") in saved)
