@@ -21,6 +21,7 @@ from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
 from peftlight.tasks.distribution import refuse_other_distribution
+from peftlight.tasks.once import Once
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
 from peftlight.tasks.optimizer_step import OptimizerStep
 from peftlight.tasks.preparation import Initial, prepare_strategy
@@ -81,6 +82,7 @@ class PEFTModule(LightningModule):
         self.verdict: Verdict | None = None
         self._step, self._tokens = OptimizerStep(self), TokenRate()
         self._state = TrainingState(self, self._step.window)
+        self._once = Once()
         self.allow_changes: set[str] = set()
         """What may differ from the training that a checkpoint is of, by name: "processes"."""
         self.goes_on = False
@@ -94,7 +96,10 @@ class PEFTModule(LightningModule):
     # ---- what a task defines
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(loss summed over the batch's labels, number of labels), both scalars."""
+        """(loss summed over the batch's labels, number of labels), both scalars.
+
+        What is trained, and what evaluations report as val_loss and test_loss; there it is called without gradients.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
     def model_options(self) -> dict[str, Any]:
@@ -157,7 +162,10 @@ class PEFTModule(LightningModule):
         return {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The model's scores for a batch, labels left out."""
+        """The model's scores for a batch, labels left out; of the batch under evaluation they are computed once."""
+        return self._once.of("logits", batch, self._logits)
+
+    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         output = self(**self.inputs(batch))
         logits: Tensor = output.logits if hasattr(output, "logits") else output
         # With `compat: peft`, prompt tuning gives out the scores of virtual tokens too, which stand in front.
@@ -258,10 +266,14 @@ class PEFTModule(LightningModule):
         self._tokens.start()  # it was no training time
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.evaluate("val", batch)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.evaluate("test", batch)
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+        with self._once.within(batch):  # the loss and the metrics look at the same scores
+            self.evaluate(stage, batch)
 
     def on_validation_epoch_start(self) -> None:
         self.start_over("val")
