@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -22,8 +23,9 @@ from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
 from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.once import Once
-from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
+from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule, plan_by_steps
 from peftlight.tasks.optimizer_step import OptimizerStep
+from peftlight.tasks.planned_steps import accumulation, planned_steps
 from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.schedule import LinearWarmup
@@ -31,6 +33,7 @@ from peftlight.tasks.token_rate import TokenRate
 from peftlight.tasks.train_mode import put_in_train_mode
 from peftlight.tasks.trained_content import keep_trained, warn_of_other_base
 from peftlight.tasks.training_state import TrainingState
+from peftlight.tasks.unmet import unmet_plans
 from peftlight.tasks.vocabulary import check_vocabulary
 from peftlight.watching import keep_watch
 
@@ -80,6 +83,10 @@ class PEFTModule(LightningModule):
         self.adapter_dtype: AdapterDtype = "float32"
         self.adapter: Adapter | None = None
         self.verdict: Verdict | None = None
+        self.planned_steps: float | None = None
+        """The number of all steps, when an epoch began last; None or infinite where there is none."""
+        self.unmet: list[str] = []
+        """What a training that ended early left undone, in sentences."""
         self._step, self._tokens = OptimizerStep(self), TokenRate()
         self._state = TrainingState(self, self._step.window)
         self._once = Once()
@@ -226,6 +233,9 @@ class PEFTModule(LightningModule):
     def on_train_start(self) -> None:
         self._last_step = self.trainer.global_step  # a resumed training has its steps back only now
         self._state.put_back()
+        # Lightning sets it at the start of an epoch alone, which one that is taken up in its middle does not have.
+        self.trainer.accumulate_grad_batches = accumulation(self.trainer, self.trainer.current_epoch)
+        self.follow_steps()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._state.batch_ends()
@@ -252,10 +262,14 @@ class PEFTModule(LightningModule):
         """What the training did to each trained tensor and to the frozen base; taken once, at the end of a fit."""
         if self.verdict is None:
             self.verdict = self._step.verdict()
+            self.unmet = unmet_plans(self)
+            for sentence in self.unmet:
+                rank_zero_info(sentence)
         return self.verdict
 
     def on_train_epoch_start(self) -> None:
         self._state.epoch_starts()
+        self.follow_steps()
         self._tokens.start()
 
     def on_validation_model_eval(self) -> None:
@@ -291,15 +305,33 @@ class PEFTModule(LightningModule):
         self._state.load_data()
         return optimizer_and_schedule(self)
 
+    def follow_steps(self) -> None:
+        """Have the schedule plan anew where the training comes to have another number of steps than it had before."""
+        self.planned_steps = planned_steps(self.trainer)
+        plan_by_steps(self, [config.scheduler for config in self.trainer.lr_scheduler_configs])
+
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        """Optimizer steps of the whole run; the number follows what happens.
+
+        Raises:
+            UserError: it is not known.
+        """
+        steps = planned_steps(self.trainer)
+        if steps is not None and steps != float("inf"):
+            return int(steps)
+        plans = any(self.strategy.uses(hook) for hook in ("check_steps", "after_step"))
+        who = f"but {type(self.strategy).__name__ if plans else 'LinearWarmup'} plans by it"
+        other = "." if plans else ", or choose another --lr_scheduler, such as ConstantLR."
+        if steps is None:
             raise UserError(
-                f"The number of steps is not known, but LinearWarmup or {type(self.strategy).__name__} plans by it: "
-                "set --trainer.max_epochs or --trainer.max_steps, or choose another --lr_scheduler."
+                f"The number of steps is not known, {who}: the training data has no length (its loader or data set has "
+                "no __len__), so it is not known how many batches an epoch of --trainer.max_epochs has. Set "
+                "--trainer.max_steps, or --trainer.limit_train_batches to a whole number of batches in an epoch"
+                f"{other}"
             )
-        return int(steps)
+        raise UserError(
+            f"The number of steps is not known, {who}: set --trainer.max_epochs or --trainer.max_steps{other}"
+        )
 
     # ---- what is saved
 
