@@ -164,6 +164,35 @@ def test_an_adapters_folder_is_no_checkpoint(tmp_path: Path, encoder: Path, caps
     assert "is the folder of an adapter. Give the run's checkpoint" in capsys.readouterr().err
 
 
+def test_a_run_that_trained_nothing_is_an_error(
+    tmp_path: Path, encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = options(tmp_path, encoder, "sample:sentiment", **{"lr_scheduler": "ConstantLR", "lr_scheduler.factor": 0})
+    assert main(["fit", "--config", str(CONFIGS / "lora.yaml"), *flags]) == 2
+    told = "Nothing was trained: after 2 optimizer steps all 10 trained tensors are where they started. The learning "
+    assert f"{told}rate was 0 in every step, by ConstantLR" in capsys.readouterr().err
+    run = only_run(tmp_path)
+    assert json.loads((run / "run.json").read_text())["state"] == "failed"
+    assert not (run / "adapter").exists()
+
+
+def test_a_run_that_ends_early_says_which_plan_does_not_hold(tmp_path: Path, encoder: Path) -> None:
+    flags = options(tmp_path, encoder, "sample:sentiment", **{
+        "trainer.max_epochs": 9, "trainer.callbacks": "EarlyStopping", "trainer.callbacks.monitor": "val_loss",
+        "trainer.callbacks.stopping_threshold": 100,
+    })  # fmt: skip
+    assert fit("adalora.yaml", flags) == 0
+    run = only_run(tmp_path)
+    record = json.loads((run / "run.json").read_text())
+    assert (record["steps"], record["steps_planned"]) == (2, 18)
+    budget, schedule = record["audit"]["unmet"]
+    ranks = json.loads((run / "adapter" / "adapter_config.json").read_text())["rank_pattern"]
+    left = sum(sum(rank) if isinstance(rank, list) else rank for rank in ranks.values())
+    assert f"AdaLoRA's budget is not met: {left} singular values are left" in budget
+    assert "over 18 steps, and the training ended after 2" in schedule
+    assert budget in (run / "log.txt").read_text()
+
+
 def test_predict_writes_one_line_for_each_row_with_its_id(tmp_path: Path, encoder: Path) -> None:
     file = tmp_path / "mine.tsv"
     file.write_text("sentence\nfirst one\nsecond one\nthird one\n")

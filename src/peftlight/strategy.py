@@ -82,6 +82,10 @@ class PEFTStrategy:
         With 16-mixed, the gradients of some steps are not finite, and those have moved nothing.
         """
 
+    def unmet(self, adapter: "Adapter", step: int, last_step: int) -> str | None:
+        """What of its plan is left undone by a training that ends after `step` of `last_step` steps; it is said."""
+        return None
+
     def figures(self, adapter: "Adapter") -> Mapping[str, float]:
         """Numbers to log after an optimizer step, by name; ranks, for example."""
         return {}

@@ -17,6 +17,7 @@ from peftlight import data
 from peftlight.cli import main
 from peftlight.errors import UserError
 from peftlight.on_data.run_config import ROWS, config_of_run
+from peftlight.tasks import SequenceClassification
 
 pytestmark = COMMAND_LINE
 
@@ -64,6 +65,33 @@ def test_the_figures_are_those_of_lightnings_validation(
         assert before["metrics"]["loss"] != expected["loss"]
     else:
         assert before["metrics"] is None
+
+
+WEIGHTED = """
+import torch
+from peftlight.tasks import SequenceClassification
+
+
+class Weighted(SequenceClassification):
+    def loss(self, batch):
+        weights, labels = torch.tensor([0.01, 3.0]), batch["labels"]
+        scores = self.logits(batch)
+        return torch.nn.functional.cross_entropy(scores, labels, weights, reduction="sum"), weights[labels].sum()
+"""
+
+
+def test_the_loss_of_a_users_task_is_the_one_that_it_trained_by(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weighted_task.py").write_text(WEIGHTED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = {"data__source": "sample:sentiment", "model": "weighted_task.Weighted"}
+    run = fitted(tmp_path / "runs", encoder, "lora", **options)
+    trusted = ("--config", run / "config.yaml")
+    found = figures(tmp_path, run, *trusted)["rows"][1]["metrics"]
+    assert found == pytest.approx(metrics_of(run))
+    monkeypatch.setattr(sys.modules["weighted_task"].Weighted, "loss", SequenceClassification.loss)
+    assert figures(tmp_path, run, *trusted)["rows"][1]["metrics"]["loss"] != pytest.approx(found["loss"], rel=1e-3)
 
 
 def test_a_base_in_half_precision_is_measured_as_it_was_trained_or_in_another(tmp_path: Path, decoder: Path) -> None:

@@ -16,7 +16,18 @@ from peftlight.errors import UserError
 from peftlight.strategies import AdaLoRA, LoRA
 from peftlight.tasks import SequenceClassification
 from recipes import RECIPES
-from tasks.small import QUIET, Watch, batches, class_rows, constant, loader, quiet_trainer, stirred, trained
+from tasks.small import (
+    QUIET,
+    Watch,
+    batches,
+    class_rows,
+    constant,
+    loader,
+    quiet_trainer,
+    standing_still,
+    stirred,
+    trained,
+)
 
 pytestmark = QUIET
 
@@ -31,9 +42,13 @@ def scaled(scale: float = 2.0**16) -> dict[str, Any]:
     return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]}
 
 
-def module_with(strategy: PEFTStrategy, half: torch.dtype | None = None, lr: float = 0.01) -> SequenceClassification:
+ADAMW = partial(torch.optim.AdamW, lr=0.01)
+
+
+def module_with(
+    strategy: PEFTStrategy, half: torch.dtype | None = None, optimizer: Any = ADAMW
+) -> SequenceClassification:
     model = make("bert").to(half or torch.float32)
-    optimizer = partial(torch.optim.AdamW, lr=lr)
     return SequenceClassification(
         model, strategy, trained_modules=["classifier"], num_labels=3, optimizer=optimizer, lr_scheduler=constant
     )
@@ -138,7 +153,7 @@ class Pulled(LoRA):
 def test_the_penalty_is_not_scaled(scale: float, tmp_path: Path) -> None:
     seen = []
     for strategy in (Pulled(rank=2), LoRA(rank=2)):
-        module = module_with(strategy, lr=0.0)
+        module = module_with(strategy, optimizer=standing_still)
         module.configure_model()
         stirred(module.adapter)
         seen.append(fitted(module, tmp_path, **scaled(scale)).gradients[0])

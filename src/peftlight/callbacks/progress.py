@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from peftlight.console import say
+from peftlight.tasks.planned_steps import planned_steps
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -50,9 +51,9 @@ class Progress(RichProgressBar):
     @rank_zero_only
     def _line(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         now = time.monotonic()
-        done, total = trainer.global_step, trainer.estimated_stepping_batches
+        done, total = trainer.global_step, planned_steps(trainer)
         shown = [f"{name} {_short(name, value)}" for name, value in metrics.items()]
-        if total == float("inf"):
+        if total is None or total == float("inf"):
             say(f"step {done}: {', '.join(shown)}")
         else:
             seconds = (now - self._start) / max(1, done - self._first_step) * (total - done)

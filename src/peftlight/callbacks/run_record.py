@@ -29,6 +29,7 @@ from peftlight.resume.recorded import KEY, Recorded, facts_of, versions
 from peftlight.shards import is_sharded
 from peftlight.signals import Stopped, StoppedTogether
 from peftlight.tasks import PEFTModule, TaskCallback
+from peftlight.tasks.planned_steps import accumulations, planned_steps
 from peftlight.watching import Watch
 
 Metrics = dict[str, float | None]
@@ -112,7 +113,7 @@ class RunRecord(TaskCallback):
                 say(f"the base in {pl_module.quantization}: {held(pl_module.model)}")
             say(table_of(pl_module.adapter))
             say(_plan(trainer, pl_module))
-            steps = trainer.estimated_stepping_batches
+            steps = planned_steps(trainer)
             self.record["steps_planned"] = None if steps == float("inf") else steps
             self.record["trained"] = [_plain(row) for row in rows_of(pl_module.adapter)]
             self.record["without_delta"] = [_plain(each) for each in without_delta(pl_module.adapter)]
@@ -177,7 +178,8 @@ class RunRecord(TaskCallback):
         if self.past is None or trainer.global_step > self.past.step:  # without a step nothing could move
             if trainer.is_global_zero:
                 say(str(verdict))
-            self.record["audit"] = {**_plain(verdict), "trained": [_plain(tensor) for tensor in verdict.trained]}
+            self.record["audit"] = {**_plain(verdict), "trained": [_plain(tensor) for tensor in verdict.trained],
+                                    "unmet": module.unmet}  # fmt: skip
         self._outdated = module.ending.outdated_metrics()
         self._save(trainer, module, self._values(trainer))
 
@@ -299,12 +301,15 @@ class RunRecord(TaskCallback):
 def _plan(trainer: Trainer, module: PEFTModule) -> str:
     """One line that says how many steps there are and of what size."""
     batch = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
-    steps = trainer.estimated_stepping_batches
-    parts = ["optimizer steps without an end" if steps == float("inf") else f"{steps} optimizer steps"]
+    steps = planned_steps(trainer)
+    known = steps is not None and steps != float("inf")
+    parts = [f"{steps} optimizer steps" if known else
+             f"optimizer steps {'until the data end' if steps is None else 'without an end'}"]  # fmt: skip
     if batch:
-        size = batch * trainer.accumulate_grad_batches * trainer.world_size
+        factors = accumulations(trainer)
+        sizes = ", then ".join(str(batch * factor * trainer.world_size) for factor in factors)
         machines = f" on {trainer.num_nodes} machines" if trainer.num_nodes > 1 else ""
-        parts.append(f"{size} rows each ({batch} x {trainer.accumulate_grad_batches} accumulated x "
+        parts.append(f"{sizes} rows each ({batch} x {', then '.join(map(str, factors))} accumulated x "
                      f"{trainer.world_size} processes{machines})")  # fmt: skip
     return f"{', '.join(parts)}; precision {trainer.precision}"
 

@@ -14,7 +14,6 @@ from peftlight.errors import UserError, listed
 from peftlight.interop.base_hash import Fingerprint, differs, fingerprint
 from peftlight.resume.abandoned import set_aside
 from peftlight.resume.changes import OF_PROCESSES, Change
-from peftlight.resume.limits import reached
 from peftlight.resume.past import Past
 from peftlight.resume.recorded import code_of, versions
 from peftlight.tasks import PEFTModule
@@ -107,13 +106,15 @@ class Continuation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the optimizer its changed options, and the schedule the place it would have come to by this step."""
+        assert isinstance(pl_module, PEFTModule)
         if self.changes:
-            self._put_into_effect(trainer)
+            self._put_into_effect(trainer, pl_module)
         if trainer.is_global_zero:
             set_aside(self.past)
 
-    def _put_into_effect(self, trainer: Trainer) -> None:
+    def _put_into_effect(self, trainer: Trainer, module: PEFTModule) -> None:
         self._check_state(trainer)
+        module.follow_steps()
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         for group, fresh in zip(groups, self._groups, strict=True):
             group.update({key: value for key, value in fresh.items() if key in self._options})
@@ -122,16 +123,7 @@ class Continuation(Callback):
             if not isinstance(config.scheduler, ReduceLROnPlateau):
                 _advance(config.scheduler, trainer.global_step)
         rates = listed(dict.fromkeys(f"{group['lr']:.4g}" for group in groups))
-        self._check_rates(trainer, rates)
         say(f"allowed changes: {'; '.join(map(str, self.changes))}. The learning rate is now {rates}.")
-
-    def _check_rates(self, trainer: Trainer, rates: str) -> None:
-        done, total = trainer.global_step, trainer.estimated_stepping_batches
-        if done >= total > 0 and rates == "0" and not reached(self.past.done, yaml.safe_load(self.config)):
-            raise UserError(f"With {listed(self.changes)} the whole training has {total} steps, and {done} are done: "
-                            "its learning rate is 0 from here on, so that nothing more would be learned. Leave the "
-                            "change out, or raise --trainer.max_epochs too, with --allow_changes trainer.max_epochs"
-                            )  # fmt: skip
 
     def _check_state(self, trainer: Trainer) -> None:
         """Options have the optimizer keep more for each tensor; after a first step it takes that for granted."""

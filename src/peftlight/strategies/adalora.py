@@ -159,6 +159,20 @@ class AdaLoRA(PEFTStrategy):
             for delta in deltas:
                 delta.settled.fill_(step >= settled)
 
+    def unmet(self, adapter: Adapter, step: int, last_step: int) -> str | None:
+        """Ranks are not cut afterwards: the model without them would be one that nothing trained or measured."""
+        _, settled = self.phases(last_step)
+        ranks = self.finished(adapter).final_ranks
+        budget, left = self.target_r * len(ranks), sum(ranks.values())
+        if self.final_ranks or left <= budget:
+            return None
+        return (
+            f"AdaLoRA's budget is not met: {left} singular values are left of {self.init_r * len(ranks)}, and target_r "
+            f"{self.target_r} over {len(ranks)} layers allows {budget}. The training ended after step {step} of "
+            f"{last_step}, and the budget was to be met at step {settled}. The adapter has the {left}. To meet the "
+            f"budget, train for {settled} steps of this plan, or plan for fewer (trainer.max_steps, max_epochs)."
+        )
+
     def figures(self, adapter: Adapter) -> Mapping[str, float]:
         """The rank of every layer's update, and of all together."""
         deltas = updates(adapter)

@@ -15,7 +15,7 @@ from peftlight.delta import Base, Delta, Factors, nested
 from peftlight.errors import UserError
 from peftlight.strategy import Adapter, Material, PEFTStrategy
 
-_PASSED_ON = ("prepare", "check_steps", "after_step")
+_PASSED_ON = ("prepare", "check_steps", "after_step", "unmet")
 """Hooks that do something only if one of the strategies uses them."""
 
 
@@ -90,6 +90,10 @@ class Stack(PEFTStrategy):
     def after_step(self, adapter: Adapter, step: int, last_step: int) -> None:
         for part in self.parts(adapter):
             part.strategy.after_step(part, step, last_step)
+
+    def unmet(self, adapter: Adapter, step: int, last_step: int) -> str | None:
+        each = [part.strategy.unmet(part, step, last_step) for part in self.parts(adapter)]
+        return " ".join(sentence for sentence in each if sentence) or None
 
     def figures(self, adapter: Adapter) -> Mapping[str, float]:
         figures: dict[str, float] = {}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -28,8 +29,10 @@ from peftlight.tasks.added_groups import follow
 from peftlight.tasks.copies import copied
 from peftlight.tasks.early_base import load_base_early
 from peftlight.tasks.ending import Ending, Validated
-from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
+from peftlight.tasks.once import Once
+from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule, plan_by_steps
 from peftlight.tasks.optimizer_step import OptimizerStep
+from peftlight.tasks.planned_steps import accumulation, planned_steps
 from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.schedule import LinearWarmup
@@ -37,6 +40,7 @@ from peftlight.tasks.token_rate import TokenRate
 from peftlight.tasks.trained_content import forget_frozen, keep_trained, warn_of_other_base
 from peftlight.tasks.training_state import TrainingState
 from peftlight.tasks.unfreezing import Unfreezing
+from peftlight.tasks.unmet import unmet_plans
 from peftlight.tasks.vocabulary import check_vocabulary
 from peftlight.train_mode import put_in_train_mode
 from peftlight.watching import keep_watch
@@ -87,9 +91,14 @@ class PEFTModule(LightningModule):
         self.adapter_dtype: AdapterDtype = "float32"
         self.adapter: Adapter | None = None
         self.verdict: Verdict | None = None
+        self.planned_steps: float | None = None
+        """The number of all steps, when an epoch began last; None or infinite where there is none."""
+        self.unmet: list[str] = []
+        """What a training that ended early left undone, in sentences."""
         self._step, self._tokens = OptimizerStep(self), TokenRate()
         self._state, self.ending = TrainingState(self, self._step.window), Ending(self)
         self.unfreezing = Unfreezing(self)
+        self._once = Once()
         self.allow_changes: set[str] = set()
         """What may differ from the training that a checkpoint is of, by name: "processes"."""
         self.goes_on = False
@@ -104,7 +113,10 @@ class PEFTModule(LightningModule):
     # ---- what a task defines
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(loss summed over the batch's labels, number of labels), both scalars."""
+        """(loss summed over the batch's labels, number of labels), both scalars.
+
+        What is trained, and what evaluations report as val_loss and test_loss; there it is called without gradients.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
     def model_options(self) -> dict[str, Any]:
@@ -177,7 +189,10 @@ class PEFTModule(LightningModule):
         return {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The model's scores for a batch, labels left out."""
+        """The model's scores for a batch, labels left out; of the batch under evaluation they are computed once."""
+        return self._once.of("logits", batch, self._logits)
+
+    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         output = self(**self.inputs(batch))
         logits: Tensor = output.logits if hasattr(output, "logits") else output
         # With `compat: peft`, prompt tuning gives out the scores of virtual tokens too, which stand in front.
@@ -244,6 +259,9 @@ class PEFTModule(LightningModule):
     def on_train_start(self) -> None:
         self._last_step = self.trainer.global_step  # a resumed training has its steps back only now
         self._state.put_back()
+        # Lightning sets it at the start of an epoch alone, which one that is taken up in its middle does not have.
+        self.trainer.accumulate_grad_batches = accumulation(self.trainer, self.trainer.current_epoch)
+        self.follow_steps()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._state.batch_ends()
@@ -278,10 +296,14 @@ class PEFTModule(LightningModule):
         """What the training did to each trained tensor and to the frozen base; taken once, at the end of a fit."""
         if self.verdict is None:
             self.verdict = self._step.verdict()
+            self.unmet = unmet_plans(self)
+            for sentence in self.unmet:
+                rank_zero_info(sentence)
         return self.verdict
 
     def on_train_epoch_start(self) -> None:
         self._state.epoch_starts()
+        self.follow_steps()
         self._tokens.start()
 
     def on_validation_model_eval(self) -> None:
@@ -293,10 +315,14 @@ class PEFTModule(LightningModule):
         self._tokens.start()  # it was no training time
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.evaluate("val", batch)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.evaluate("test", batch)
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+        with self._once.within(batch):  # the loss and the metrics look at the same scores
+            self.evaluate(stage, batch)
 
     def on_validation_epoch_start(self) -> None:
         self.start_over("val")
@@ -323,15 +349,33 @@ class PEFTModule(LightningModule):
         follow(scheduler)
         super().lr_scheduler_step(scheduler, metric)
 
+    def follow_steps(self) -> None:
+        """Have the schedule plan anew where the training comes to have another number of steps than it had before."""
+        self.planned_steps = planned_steps(self.trainer)
+        plan_by_steps(self, [config.scheduler for config in self.trainer.lr_scheduler_configs])
+
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        """Optimizer steps of the whole run; the number follows what happens.
+
+        Raises:
+            UserError: it is not known.
+        """
+        steps = planned_steps(self.trainer)
+        if steps is not None and steps != float("inf"):
+            return int(steps)
+        plans = any(self.strategy.uses(hook) for hook in ("check_steps", "after_step"))
+        who = f"but {type(self.strategy).__name__ if plans else 'LinearWarmup'} plans by it"
+        other = "." if plans else ", or choose another --lr_scheduler, such as ConstantLR."
+        if steps is None:
             raise UserError(
-                f"The number of steps is not known, but LinearWarmup or {type(self.strategy).__name__} plans by it: "
-                "set --trainer.max_epochs or --trainer.max_steps, or choose another --lr_scheduler."
+                f"The number of steps is not known, {who}: the training data has no length (its loader or data set has "
+                "no __len__), so it is not known how many batches an epoch of --trainer.max_epochs has. Set "
+                "--trainer.max_steps, or --trainer.limit_train_batches to a whole number of batches in an epoch"
+                f"{other}"
             )
-        return int(steps)
+        raise UserError(
+            f"The number of steps is not known, {who}: set --trainer.max_epochs or --trainer.max_steps{other}"
+        )
 
     # ---- what is saved
 

@@ -11,7 +11,7 @@ from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.base import PEFTModule
 from peftlight.tasks.kinds import check_kinds
 from peftlight.tasks.row_length import longest_row
-from peftlight.tasks.token_losses import TokenLosses, token_loss
+from peftlight.tasks.token_losses import TokenLosses, figures, token_loss
 
 
 class CausalLM(PEFTModule):
@@ -32,7 +32,7 @@ class CausalLM(PEFTModule):
         super().__init__(base_model, strategy, **options)
         self.max_new_tokens = max_new_tokens
         self.hparams["max_new_tokens"] = max_new_tokens
-        self.losses = TokenLosses()
+        self.losses, self.entropies = TokenLosses(), TokenLosses()
 
     def configure_model(self) -> None:
         check_kinds(self, encoder_decoder=False)
@@ -60,16 +60,25 @@ class CausalLM(PEFTModule):
             )
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.cross_entropy(batch)
+
+    def cross_entropy(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """That of the next tokens, summed, and their number: the perplexity is made of it, whatever the loss is."""
+        return self._once.of("cross-entropy", batch, self._cross_entropy)
+
+    def _cross_entropy(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return token_loss(self.logits(batch)[:, :-1], batch["labels"][:, 1:])
 
     def evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         self.losses.add(stage, *self.loss(batch))
+        self.entropies.add(stage, *self.cross_entropy(batch))
 
     def start_over(self, stage: str) -> None:
         self.losses.start_over(stage)
+        self.entropies.start_over(stage)
 
     def report(self, stage: str) -> None:
-        self.log_whole(self.losses.figures(stage))
+        self.log_whole(figures(stage, self.losses, self.entropies))
 
     def on_predict_start(self) -> None:
         """See that the model has positions for the longest row and for what it is to write after it."""

@@ -117,11 +117,10 @@ class Classifier(PEFTModule, ABC):
         return token_loss(self.logits(batch), _targets(batch["labels"]))
 
     def evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
-        logits, targets = self.logits(batch), _targets(batch["labels"])
-        loss_sum, count = token_loss(logits, targets)
-        self.losses.add(stage, loss_sum, count)
-        if count:  # torchmetrics fails on nothing
-            self._metrics_of(stage).update(logits.argmax(-1), targets)
+        targets = _targets(batch["labels"])
+        self.losses.add(stage, *self.loss(batch))
+        if (targets != IGNORED).any():  # torchmetrics fails on nothing
+            self._metrics_of(stage).update(self.logits(batch).argmax(-1), targets)
 
     def start_over(self, stage: str) -> None:
         self.losses.start_over(stage)

@@ -1,5 +1,6 @@
 """The optimizer of a run, with one group for each learning rate that the strategy asks for, and its schedule."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from peftlight.errors import UserError
 from peftlight.strategy import Adapter
-from peftlight.tasks.schedule import LinearWarmup
+from peftlight.tasks.planned_steps import planned_steps
+from peftlight.tasks.schedule import LinearWarmup, steps_of
 
 if TYPE_CHECKING:
     from peftlight.tasks.base import PEFTModule
@@ -41,9 +43,28 @@ def optimizer_and_schedule(module: "PEFTModule") -> OptimizerLRScheduler:
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     if isinstance(scheduler, ReduceLROnPlateau):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
-    if isinstance(scheduler, LinearWarmup) and scheduler.total_steps is None:
-        scheduler.plan(module.total_steps())
+    plan_by_steps(module, [scheduler])
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def plan_by_steps(module: "PEFTModule", schedulers: Iterable[Any]) -> None:
+    """Have schedules plan by the steps that the training will have, as it stands now.
+
+    Raises:
+        UserError: that number is not known, or one was given that is over before the training is.
+    """
+    for scheduler in schedulers:
+        if isinstance(scheduler, LinearWarmup) and scheduler.follows:
+            scheduler.plan(module.total_steps())
+        elif (given := steps_of(scheduler)) is not None:
+            steps = planned_steps(module.trainer)
+            if steps is not None and given < steps < math.inf:
+                left_out = isinstance(scheduler, LinearWarmup)
+                raise UserError(
+                    f"{type(scheduler).__name__}'s total_steps is {given}, and the training has {steps} steps: there "
+                    f"is no learning rate for those after step {given}. Set --lr_scheduler.total_steps {steps}"
+                    f"{', or leave it out' if left_out else ''}, or --trainer.max_steps {given}."
+                )
 
 
 def new_optimizer(make: Callable[[Any], Optimizer], parameters: Iterable[nn.Parameter], adapter: Adapter) -> Optimizer:

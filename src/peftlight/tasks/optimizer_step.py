@@ -23,6 +23,7 @@ class OptimizerStep:
     def __init__(self, module: "PEFTModule") -> None:
         self._module = module
         self._liveness: Liveness | None = None
+        self._steps, self._highest = 0, 0.0
         self.window = LabelWindow(self._summed)
 
     def start(self, adapter: Adapter) -> None:
@@ -38,6 +39,7 @@ class OptimizerStep:
                 "it: load another copy. Or the strategy starts them so."
             )
         self.window.start()
+        self._steps, self._highest = 0, 0.0
         self._liveness = Liveness(adapter)
 
     def add(self, loss_sum: Tensor, labels: Tensor) -> Tensor:
@@ -88,6 +90,8 @@ class OptimizerStep:
         self._liveness.after_backward()  # the loss alone has to reach every tensor
         gradient, of_penalty = closed.beside
         rate = float(optimizer.param_groups[0]["lr"])
+        self._steps += 1
+        self._highest = max(self._highest, *(float(group["lr"]) for group in optimizer.param_groups))
         module.guard.judge(module, rate, closed.loss, closed.labels, gradient * closed.factor, of_penalty)
         if penalty is not None:
             _add(parameters, added)
@@ -101,9 +105,36 @@ class OptimizerStep:
         self._liveness.look_again()
 
     def verdict(self) -> Verdict:
-        """What the training did to each trained tensor and to the frozen base."""
+        """What the training did to each trained tensor and to the frozen base.
+
+        Raises:
+            UserError: a frozen tensor of the base has changed, or no trained one has.
+        """
         assert self._liveness is not None
-        return self._liveness.verdict()
+        verdict = self._liveness.verdict()
+        in_earnest = self._steps > 0 and not getattr(self._module.trainer, "fast_dev_run", 0)
+        if in_earnest and len(verdict.still) == len(verdict.trained):
+            raise UserError(
+                f"Nothing was trained: after {self._steps} optimizer steps all {len(verdict.trained)} trained tensors "
+                f"are where they started. {self._why_still()} The adapter is not saved."
+            )
+        return verdict
+
+    def _why_still(self) -> str:
+        trainer = self._module.trainer
+        if self._highest == 0:
+            group = trainer.optimizers[0].param_groups[0]
+            schedules = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+            if group.get("initial_lr", group["lr"]) == 0 or not schedules:
+                return "The learning rate is 0: set --optimizer.lr above it."
+            return (
+                f"The learning rate was 0 in every step, by {schedules[0]}: change its settings (--lr_scheduler), or "
+                "choose another, such as --lr_scheduler LinearWarmup."
+            )
+        return (
+            f"The learning rate was {self._highest:.3g} at most, too low to change a value in its number format: raise "
+            "--optimizer.lr."
+        )
 
     def _closed(self, parameters: Sequence[nn.Parameter], added: Sequence[Tensor | None]) -> Closed:
         """The window at its end; beside it the largest values in the gradients of the loss and of the penalty."""

@@ -11,7 +11,7 @@ from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.base import PEFTModule
 from peftlight.tasks.kinds import check_kinds
 from peftlight.tasks.text_scores import TextScores
-from peftlight.tasks.token_losses import IGNORED, TokenLosses, token_loss
+from peftlight.tasks.token_losses import IGNORED, TokenLosses, figures, token_loss
 
 _GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -56,7 +56,7 @@ class Seq2Seq(PEFTModule):
             raise UserError(f"generate_rows is a number of rows, 0 or more, or null for all; it is {generate_rows}.")
         self.max_new_tokens, self.generate_rows = max_new_tokens, generate_rows
         self.hparams.update(max_new_tokens=max_new_tokens, generate_rows=generate_rows)
-        self.losses, self.scores = TokenLosses(), TextScores()
+        self.losses, self.entropies, self.scores = TokenLosses(), TokenLosses(), TextScores()
 
     def configure_model(self) -> None:
         check_kinds(self, encoder_decoder=True)
@@ -70,10 +70,18 @@ class Seq2Seq(PEFTModule):
         return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.cross_entropy(batch)
+
+    def cross_entropy(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """That of the target's tokens, summed, and their number: the perplexity is made of it, whatever the loss is."""
+        return self._once.of("cross-entropy", batch, self._cross_entropy)
+
+    def _cross_entropy(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return token_loss(self.logits(batch), batch["labels"])
 
     def evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         self.losses.add(stage, *self.loss(batch))
+        self.entropies.add(stage, *self.cross_entropy(batch))
         real = (batch["labels"] != IGNORED).any(1).nonzero()[:, 0]  # a row that only fills up the batch has no target
         rows = real[: self._rows_left(stage)]
         some = {key: value[rows] for key, value in batch.items()}
@@ -83,10 +91,11 @@ class Seq2Seq(PEFTModule):
 
     def start_over(self, stage: str) -> None:
         self.losses.start_over(stage)
+        self.entropies.start_over(stage)
         self.scores.start_over(stage)
 
     def report(self, stage: str) -> None:
-        self.log_whole(self.losses.figures(stage))
+        self.log_whole(figures(stage, self.losses, self.entropies))
         if self.generate_rows != 0:
             self.log_whole(self.scores.figures(stage))
 

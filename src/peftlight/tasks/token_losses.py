@@ -49,11 +49,6 @@ class TokenLosses(nn.ModuleDict):
         """Forget what was counted in the stage."""
         self._mean(stage).reset()
 
-    def figures(self, stage: str) -> dict[str, Tensor]:
-        """The stage's loss and perplexity."""
-        loss = self.loss(stage)
-        return {f"{stage}_loss": loss, f"{stage}_perplexity": torch.exp(loss)}
-
     def loss(self, stage: str) -> Tensor:
         """The stage's loss."""
         loss: Tensor = self._mean(stage).compute()
@@ -63,3 +58,8 @@ class TokenLosses(nn.ModuleDict):
         mean = self[f"{stage}_mean"]
         assert isinstance(mean, MeanPerLabel)
         return mean
+
+
+def figures(stage: str, losses: TokenLosses, entropies: TokenLosses) -> dict[str, Tensor]:
+    """The stage's loss, and its perplexity: e to the mean cross-entropy per label."""
+    return {f"{stage}_loss": losses.loss(stage), f"{stage}_perplexity": torch.exp(entropies.loss(stage))}
