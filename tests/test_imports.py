@@ -20,7 +20,8 @@ ROOMS = {
     "layer_ranges": {"paths"},
     "targets": {"linear", "architectures", "paths", "layer_ranges"},
     "head_size": {"paths"},
-    "strategy": {"delta", "head_size", "linear", "paths", "targets"},
+    "wrappers": set(),
+    "strategy": {"delta", "head_size", "linear", "paths", "targets", "wrappers"},
     "reach": set(),
     "liveness": {"reach", "strategy"},
     "finite": set(),
@@ -60,6 +61,7 @@ ROOMS = {
         "targets",
         "typed",
         "virtual_tokens",
+        "wrappers",
     },
     "report": {"strategy", "delta", "linear"},
     "console": set(),
@@ -77,6 +79,7 @@ ROOMS = {
         "liveness",
         "pretrained",
         "quantization",
+        "wrappers",
     },
     "data": set(),
     "run_folder": set(),
@@ -106,7 +109,7 @@ ROOMS = {
     "config_errors": {"tasks", "data"},
     "row_order": set(),
     "rows": {"delta", "linear", "row_order", "strategy"},
-    "adapters": {"combine", "interop", "rows", "strategy"},
+    "adapters": {"combine", "interop", "rows", "strategy", "wrappers"},
     "merging": {"delta", "interop", "linear", "paths", "pretrained", "strategy", "strategy_spec"},
     "handover": {"interop", "merging", "pretrained", "strategies"},
     "opening": set(),
@@ -161,7 +164,7 @@ ROOMS = {
         "resume",
         "run_folder",
     },
-    "testing": {"strategy", "delta", "interop", "pretrained"},
+    "testing": {"strategy", "delta", "interop", "pretrained", "wrappers"},
     "__main__": {"cli"},
     "__init__": {"adapters", "handover", "interop", "strategy"},
 }
@@ -169,7 +172,7 @@ NEVER = {"peft"}
 HEAVY_BELOW = {"lightning", "transformers", "datasets", "bitsandbytes"}
 """What a strategy and everything under it must not know."""
 KNOW_NO_FRAMEWORK = {"linear", "delta", "targets", "blocks", "architectures", "strategy", "strategies"}
-KNOW_NO_FRAMEWORK |= {"virtual_tokens", "entrance", "paths", "head_size", "layer_ranges", "liveness"}
+KNOW_NO_FRAMEWORK |= {"virtual_tokens", "entrance", "paths", "head_size", "layer_ranges", "liveness", "wrappers"}
 KNOW_NO_FRAMEWORK |= {"matrices", "updates", "combine"}
 
 

@@ -37,7 +37,7 @@ def tell_sizes(model: nn.Module, before: Mapping[str, Tensor], labels: Mapping[s
     new = next((now for name, (was, now) in sizes.items() if was == count and inside(name, heads)), None)
     if new is None and not (before and labels):
         return {}
-    return _tell_classes(model, config, count if new is None else new, labels)
+    return _tell_classes(model, config, config.num_labels if new is None else new, labels)
 
 
 def classes_said(model: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from peftlight.linear import is_quantized, weight_of, write_weight
 from peftlight.paths import first_names
 from peftlight.shards import gathered, sharded_like
 from peftlight.targets import matching
+from peftlight.wrappers import plain_model, refuse_inner_wrappers
 
 _SHOWN = 3
 
@@ -454,7 +455,8 @@ def attach(
     """Freeze `model`, put `strategy` on it, and return the adapter.
 
     Args:
-        model: any module; it is changed in place, and its own parameters keep their names.
+        model: any module; it is changed in place, and its own parameters keep their names. What `torch.compile` has
+            made of it computes with the adapter, too, which is on the model within.
         strategy: the recipe.
         name: the adapter's name, part of its parameters' names (`q_proj.deltas.<name>.A`).
         modules_to_train: modules of the base that are trained whole beside the strategy, a new head for example.
@@ -462,8 +464,9 @@ def attach(
             adapter can be switched off.
 
     Raises:
-        UserError: a name matches nothing, or nothing would be trained.
+        UserError: a name matches nothing, nothing would be trained, or the model stands in another wrapper.
     """
+    model = plain_model(model)
     if not name or "." in name:
         raise UserError(f"An adapter's name is not empty and has no dot; got {name!r}.")
     with unchanged_on_error(model):
@@ -527,6 +530,8 @@ def _placed(delta: Delta, module: nn.Module) -> Delta:
 
 def _owned(names: Iterable[str], sites: Iterable[str], trained: Iterable[str], name: str) -> set[str]:
     """Those of the names that belong to an adapter of that name."""
+    names = list(names)
+    refuse_inner_wrappers(names)
     whole = tuple(f"{module}." for module in trained if module)
     exact = set(trained)
     prefixes = tuple(_prefix(site, name) for site in sites) + whole
