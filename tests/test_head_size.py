@@ -106,3 +106,28 @@ def test_only_a_heads_size_is_a_number_of_classes() -> None:
     with adapter.disabled():
         assert len(model.get_parameter(name)) == 5
         assert model.config.num_labels == 2
+
+
+@pytest.mark.parametrize("first_off", [True, False])
+@pytest.mark.parametrize(("one", "two"), [(4, 7), (4, 4), (2, 4), (4, 2)])
+def test_classes_and_their_names_are_the_bases_whatever_head_is_taken_off_first(
+    one: int, two: int, first_off: bool, tmp_path: Path
+) -> None:
+    model, adapters, named = classifier("bert", ["yes", "no"]), [], []
+    for classes in (one, two):
+        saved("bert", classes, folder := tmp_path / str(len(adapters)))
+        adapters.append(load_adapter(model, folder, f"a{len(adapters)}", own_heads=True))
+        if classes != (one if named else 2):
+            model.config.id2label = {number: f"{len(adapters)}{number}" for number in range(classes)}
+        named.append(dict(model.config.id2label))
+    last, kept = (adapters[0], 1) if first_off else (adapters[1], 0)
+    last.remove()
+    check(model, len(named[kept]))
+    assert model.config.id2label == named[kept]
+    with adapters[kept].disabled():
+        check(model, 2)
+        assert model.config.id2label == {0: "yes", 1: "no"}
+    assert model.config.id2label == named[kept]
+    adapters[kept].remove()
+    check(model, 2)
+    assert model.config.id2label == {0: "yes", 1: "no"}

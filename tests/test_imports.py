@@ -22,7 +22,8 @@ ROOMS = {
     "coverage": {"linear", "paths"},
     "targets": {"architectures", "candidates", "coverage", "paths", "layer_ranges"},
     "head_size": {"paths"},
-    "strategy": {"delta", "head_size", "linear", "paths", "targets"},
+    "wrappers": set(),
+    "strategy": {"delta", "head_size", "linear", "paths", "targets", "wrappers"},
     "reach": set(),
     "train_mode": {"strategy"},
     "unreached": {"candidates", "paths", "strategy", "targets"},
@@ -67,6 +68,7 @@ ROOMS = {
         "targets",
         "typed",
         "virtual_tokens",
+        "wrappers",
     },
     "report": {"coverage", "strategy", "delta", "linear", "paths"},
     "console": set(),
@@ -86,6 +88,7 @@ ROOMS = {
         "pretrained",
         "quantization",
         "train_mode",
+        "wrappers",
     },
     "data": set(),
     "run_folder": set(),
@@ -115,7 +118,7 @@ ROOMS = {
     "config_errors": {"tasks", "data"},
     "row_order": set(),
     "rows": {"delta", "linear", "row_order", "strategy"},
-    "adapters": {"combine", "interop", "rows", "strategy"},
+    "adapters": {"combine", "interop", "rows", "strategy", "wrappers"},
     "merging": {"delta", "interop", "linear", "paths", "pretrained", "strategy", "strategy_spec"},
     "handover": {"interop", "merging", "pretrained", "strategies"},
     "opening": set(),
@@ -170,7 +173,7 @@ ROOMS = {
         "resume",
         "run_folder",
     },
-    "testing": {"strategy", "delta", "interop", "pretrained", "train_mode"},
+    "testing": {"strategy", "delta", "interop", "pretrained", "train_mode", "wrappers"},
     "__main__": {"cli"},
     "__init__": {"adapters", "handover", "interop", "strategy"},
 }
@@ -179,7 +182,7 @@ HEAVY_BELOW = {"lightning", "transformers", "datasets", "bitsandbytes"}
 """What a strategy and everything under it must not know."""
 KNOW_NO_FRAMEWORK = {"linear", "delta", "targets", "blocks", "architectures", "strategy", "strategies"}
 KNOW_NO_FRAMEWORK |= {"virtual_tokens", "entrance", "paths", "head_size", "layer_ranges", "liveness"}
-KNOW_NO_FRAMEWORK |= {"candidates", "coverage", "train_mode"}
+KNOW_NO_FRAMEWORK |= {"candidates", "coverage", "train_mode", "wrappers"}
 KNOW_NO_FRAMEWORK |= {"matrices", "updates", "combine"}
 
 

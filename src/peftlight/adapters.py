@@ -12,6 +12,7 @@ from peftlight.errors import UserError, listed, nearest
 from peftlight.interop import load_adapter
 from peftlight.rows import by_rows
 from peftlight.strategy import Adapter, PEFTStrategy, attach
+from peftlight.wrappers import plain_model
 
 _OPTIONS: dict[str, Any] = {"keep_base": True, "own_heads": True}
 """With these an adapter can be switched off, whatever it trains."""
@@ -24,7 +25,7 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model.requires_grad_(False)
+        self.model = plain_model(model).requires_grad_(False)
         self._adapters: dict[str, Adapter] = {}
 
     def load(self, folder: str | Path, name: str, **options: Any) -> Adapter:

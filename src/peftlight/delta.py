@@ -16,6 +16,8 @@ from peftlight.errors import UserError
 
 CHILD = "deltas"
 """Name of the child module that holds a module's deltas."""
+ADAPTERS = "peftlight_adapters"
+"""Where a model keeps the list of its adapters; a copy of the model has copies of them."""
 Factors = tuple[Tensor, Tensor]
 """A (rank, in) and B (out, rank), of the product B A."""
 
@@ -190,22 +192,31 @@ def remove(module: nn.Module, name: str) -> Delta:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block fails, take off the deltas it installed, and give parameters their old form and trainability.
+    """If the block fails, take off the adapters it attached, and give parameters their old form and trainability.
 
     The values of parameters are not kept: the block must not write them before it is sure to succeed.
     """
     parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
-    installed = _installed(model)
+    installed, adapters = _installed(model), model.__dict__.get(ADAPTERS)
     try:
         yield
     except BaseException:
         for module, name in _installed(model) - installed:
             remove(module, name)
+        set_adapters(model, adapters or [])
         for parameter, data, trainable in parameters:
             if (parameter.dtype, parameter.shape) != (data.dtype, data.shape):
                 parameter.data = data
             parameter.requires_grad_(trainable)
         raise
+
+
+def set_adapters(model: nn.Module, adapters: list[Any]) -> None:
+    """Note which adapters are on the model; where there are none, nothing is left of the list."""
+    if adapters:
+        model.__dict__[ADAPTERS] = adapters
+    else:
+        model.__dict__.pop(ADAPTERS, None)
 
 
 def _installed(model: nn.Module) -> set[tuple[nn.Module, str]]:

@@ -17,9 +17,9 @@ def tell_sizes(model: nn.Module, before: Mapping[str, Tensor], labels: Mapping[s
     Args:
         model: has the tensors.
         before: by their names what the tensors held before.
-        labels: what the config is to say of the classes if their number has changed; without it they are numbered.
+        labels: what the config is to say of the classes; without it they are numbered where their number has changed.
 
-    Returns: what the config said of the classes before; nothing where their number is as it was.
+    Returns: what the config said of the classes before; nothing where their number and names are as they were.
     """
     sizes = {}
     for name, value in before.items():
@@ -35,11 +35,19 @@ def tell_sizes(model: nn.Module, before: Mapping[str, Tensor], labels: Mapping[s
     count = getattr(config, "num_labels", None)
     heads = heads_of(model) if sizes else set()
     new = next((now for name, (was, now) in sizes.items() if was == count and inside(name, heads)), None)
-    return {} if new is None else _tell_classes(model, config, new, labels)
+    if new is None and not (before and labels):
+        return {}
+    return _tell_classes(model, config, config.num_labels if new is None else new, labels)
+
+
+def classes_said(model: nn.Module) -> dict[str, Any]:
+    """What the model's config says of the classes; nothing where it has no classes."""
+    config: Any = getattr(model, "config", None)
+    return {key: getattr(config, key, None) for key in _LABELS} if hasattr(config, "num_labels") else {}
 
 
 def _tell_classes(model: Any, config: Any, count: int, labels: Mapping[str, Any]) -> dict[str, Any]:
-    said = {key: getattr(config, key, None) for key in _LABELS}
+    said = classes_said(model)
     if 1 in (count, config.num_labels):  # which is a regression; transformers finds anew what many classes are
         config.problem_type = None
     config.num_labels = count

@@ -56,7 +56,8 @@ def weight_of(module: nn.Module) -> Tensor:
     """
     if is_quantized(module):
         return _dequantized(module)
-    weight = module.get_parameter("weight").detach()
+    own: Tensor = module.weight  # type: ignore[assignment]  # not a parameter where others make it (parametrizations)
+    weight = own.detach()
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise UserError(f"The weight of this {type(module).__name__} is quantized ({weight.dtype}).")
     return weight.T if is_conv1d(module) else weight

@@ -4,18 +4,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from peftlight.delta import CHILD, Delta, beneath, install, remove, unchanged_on_error
+from peftlight.delta import ADAPTERS, CHILD, Delta, beneath, install, remove, set_adapters, unchanged_on_error
 from peftlight.errors import UserError, listed
-from peftlight.head_size import tell_sizes
+from peftlight.head_size import classes_said, tell_sizes
 from peftlight.linear import is_quantized, weight_of, write_weight
 from peftlight.paths import first_names
 from peftlight.shards import gathered, sharded_like
 from peftlight.targets import matching
+from peftlight.wrappers import plain_model, refuse_inner_wrappers
 
 _SHOWN = 3
 
@@ -109,11 +109,13 @@ class Adapter:
     heads: list[str] = field(default_factory=list)
     """Those of `trained` that are trained beside the strategy, whatever it is: a new head, for example."""
     originals: dict[str, Tensor] = field(default_factory=dict)
-    """The values that `trained` had before, where they are kept.
+    """The values that `trained` had before, where they are kept: the base's, or those of an adapter attached earlier.
 
-    These and the two below lie outside the model: they follow it to its device, but not when it is cast to another
+    These and the three below lie outside the model: they follow it to its device, but not when it is cast to another
     precision, for they are what restores the base bit for bit. Cast a model before there are adapters on it.
     """
+    cast: dict[str, Tensor] = field(default_factory=dict)
+    """The frozen vectors that `train_in_float32` has put into float32, as they were before."""
     merged: dict[str, Tensor] = field(default_factory=dict)
     """The values, before `merge`, of what it wrote."""
     enabled: bool = True
@@ -122,6 +124,8 @@ class Adapter:
     """While it is off: the values that it gives to the base's own tensors."""
     labels: dict[str, Any] = field(default_factory=dict)
     """Where it has a head of its own size: what the config says of the classes without it; while it is off, with it."""
+    order: int = 0
+    """Its place among the adapters of the model, which lie upon each other in the order of attaching."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this adapter trains, by its name in the model."""
@@ -144,7 +148,7 @@ class Adapter:
                 if id(value) not in seen:
                     kept[self._prefix(site) + key] = value
                 seen.add(id(value))
-        own = {**self.aside, **self.merged}
+        own = {**self._covered(kept), **self.aside, **self.merged}
         return {name: own.get(name, value).detach() for name, value in kept.items()}
 
     @contextmanager
@@ -203,11 +207,14 @@ class Adapter:
 
         A normalisation takes weight, bias and running statistics in one precision only.
         """
-        for name, parameter in self.parameters().items():
+        own, first = self.parameters(), first_names(self.model)
+        for name, parameter in own.items():
             module = self.model.get_submodule(name.rpartition(".")[0])
             beside: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             for each in [parameter, *(other for other in beside if other.dim() == parameter.dim() == 1)]:
                 if each.dtype in (torch.bfloat16, torch.float16):
+                    if first[id(each)] not in {**own, **self.originals}:
+                        self.cast[first[id(each)]] = each.data
                     each.data = each.data.float()
 
     def finished(self) -> "Adapter":
@@ -245,14 +252,14 @@ class Adapter:
             delta.enabled = False
 
     def _check_alone(self, names: Iterable[str]) -> None:
-        """Each adapter keeps what it found: two that wrote one tensor could only be taken back in reverse order."""
+        """A weight with a delta in it is not one that another adapter may train, or write once more."""
         for other in adapters_on(self.model):
             shared = [name for name in names if other is not self and (name in other.merged or name in other.originals)]
             if shared:
                 how = "merged into" if shared[0] in other.merged else "trained with"
                 raise UserError(
                     f"The adapter {self.name!r} cannot be merged: {other.name!r} is {how} {listed(shared, 3)} too. "
-                    f"{'Unmerge' if other.merged else 'Remove'} that one first."
+                    f"{'Unmerge' if shared[0] in other.merged else 'Remove'} that one first."
                 )
 
     def unmerge(self) -> None:
@@ -306,14 +313,23 @@ class Adapter:
         if not (self.strategy.restorable or self.originals):
             raise UserError(f"{type(self.strategy).__name__} trains the base itself, which is not kept beside it.")
         if self.enabled:
-            self.aside = self._exchange({**self.merged, **self.originals})
+            self.aside = self._exchange(self.beneath)
             self._switch(False)
 
     def enable(self) -> None:
-        """Switch the adapter on again."""
+        """Switch the adapter on again, in the place that it has by the order of attaching.
+
+        Where several adapters that are on train the same tensor of the base, the model computes with the value of the
+        one that was attached last.
+
+        Raises:
+            UserError: another adapter that is on trains what this one is merged into, or the other way round.
+        """
         if not self.enabled:
+            self._refuse_merged_and_trained()
             held = self._exchange(self.aside)  # not what was there at `disable`: another adapter may have written there
             self.originals = {name: held[name] for name in self.originals}
+            self.cast = {name: held[name] for name in self.cast}
             # What is trained in place had its trained value before the merge, which is not the base's.
             self.merged = {
                 name: before if name in self.originals else held[name] for name, before in self.merged.items()
@@ -333,33 +349,84 @@ class Adapter:
                 self.enable()
 
     def remove(self) -> None:
-        """Take the adapter off the model and restore the base's own values bit for bit."""
+        """Take the adapter off the model, which is then as if it had never been there, bit for bit.
+
+        Several adapters may be taken off in any order; what another one that is on trains stays as that one has it.
+
+        Raises:
+            UserError: it trains the base itself, which is not kept beside it.
+        """
         parameters = self.parameters()
         self.disable()
         for site in self.sites:
             remove(self.model.get_submodule(site), self.name)
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-        self.sites, self.trained, self.originals, self.merged, self.aside = {}, [], {}, {}, {}
-        _ATTACHED.get(self.model, WeakSet[Adapter]()).discard(self)
+        set_adapters(self.model, [other for other in adapters_on(self.model) if other is not self])
+        still = {name for other in adapters_on(self.model) if other.enabled for name in other.parameters()}
+        for name in parameters.keys() - still:
+            parameters[name].requires_grad_(False)
+        self.sites, self.trained = {}, []
+        self.originals, self.cast, self.merged, self.aside = {}, {}, {}, {}
 
     def _switch(self, on: bool) -> None:
         self.enabled = on
         for delta in self.sites.values():
             delta.enabled = on and not self.merged
 
+    @property
+    def beneath(self) -> dict[str, Tensor]:
+        """Of all that it changes in the base's own tensors: what they hold while it is off, as known while it is on."""
+        return {**self.merged, **self.cast, **self.originals}
+
     def _exchange(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Let the model's tensors of these names hold `values`; returns what they held."""
-        tensors = {name: self._tensor(name) for name in values}
-        held = {name: tensor.data for name, tensor in tensors.items()}
+        """Let the tensors of these names hold `values`; returns what they held.
+
+        Where an adapter that was attached later and is on has the tensor, its own value stays in the model, and
+        `values` become what lies beneath it.
+        """
+        held, uncovered, resized = {}, {}, None
         for name, value in values.items():
-            tensors[name].data = value.to(tensors[name].device)
-        self.labels = tell_sizes(self.model, held, self.labels)
+            tensor, above = self._tensor(name), self._above(name)
+            if above is None:
+                held[name] = uncovered[name] = tensor.data
+                tensor.data = value.to(tensor.device)
+            else:
+                kept = above.originals if name in above.originals else above.cast
+                held[name], kept[name] = kept[name], value
+                resized = above if value.shape != held[name].shape else resized
+        if resized is None:
+            self.labels = tell_sizes(self.model, uncovered, self.labels)
+        else:
+            self.labels, resized.labels = resized.labels or classes_said(self.model), self.labels
         return held
+
+    def _above(self, name: str) -> "Adapter | None":
+        """The next adapter in the order of attaching that is on and keeps another value of this tensor."""
+        later = (other for other in adapters_on(self.model) if other.order > self.order and other.enabled)
+        return next((other for other in later if name in other.originals or name in other.cast), None)
+
+    def _covered(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Its own values of those tensors that hold the value of an adapter attached later."""
+        above = {name: self._above(name) for name in names} if self.enabled else {}
+        return {name: other.beneath[name] for name, other in above.items() if other is not None}
+
+    def _refuse_merged_and_trained(self) -> None:
+        """See that no weight with a delta merged into it is trained by another adapter that is on.
+
+        Raises:
+            UserError: one is.
+        """
+        others = [other for other in adapters_on(self.model) if other.enabled and other is not self]
+        for one, two in [(self, other) for other in others] + [(other, self) for other in others]:
+            trained = (two.originals or two.parameters()) if one.merged else {}
+            if shared := [name for name in one.merged if name in trained]:
+                raise UserError(
+                    f"The adapter {one.name!r} is merged into {listed(shared, 3)}, which {two.name!r} trains in place, "
+                    f"so that only one of them can be on. Unmerge {one.name!r}, or disable one of them."
+                )
 
     def _follow(self) -> None:
         """Bring what is kept beside the model to where its tensors are; nothing is copied on the same device."""
-        for kept in (self.originals, self.merged, self.aside):
+        for kept in (self.originals, self.cast, self.merged, self.aside):
             for name, value in kept.items():
                 kept[name] = value.to(self._tensor(name).device)
 
@@ -393,12 +460,17 @@ class Adapter:
         return tensor
 
 
-_ATTACHED: WeakKeyDictionary[nn.Module, WeakSet[Adapter]] = WeakKeyDictionary()
-
-
 def adapters_on(model: nn.Module) -> list[Adapter]:
-    """The adapters that are on the model, in no order; of a copy of a model none are known."""
-    return list(_ATTACHED.get(model, ()))
+    """The adapters that are on the model, switched on or off; those attached first come first."""
+    return list(model.__dict__.get(ADAPTERS, ()))
+
+
+def base_values(model: nn.Module) -> dict[str, Tensor]:
+    """By name, the base's own values of what the adapters that are on have changed in place."""
+    values: dict[str, Tensor] = {}
+    for adapter in reversed(adapters_on(model)):
+        values |= adapter.beneath if adapter.enabled else {}
+    return values
 
 
 def attach(
@@ -412,7 +484,8 @@ def attach(
     """Freeze `model`, put `strategy` on it, and return the adapter.
 
     Args:
-        model: any module; it is changed in place, and its own parameters keep their names.
+        model: any module; it is changed in place, and its own parameters keep their names. What `torch.compile` has
+            made of it computes with the adapter, too, which is on the model within.
         strategy: the recipe.
         name: the adapter's name, part of its parameters' names (`q_proj.deltas.<name>.A`).
         modules_to_train: modules of the base that are trained whole beside the strategy, a new head for example; or
@@ -421,17 +494,19 @@ def attach(
             adapter can be switched off.
 
     Raises:
-        UserError: a name matches nothing, or nothing would be trained.
+        UserError: a name matches nothing, nothing would be trained, or the model stands in another wrapper.
     """
+    model = plain_model(model)
     if not name or "." in name:
         raise UserError(f"An adapter's name is not empty and has no dot; got {name!r}.")
     with unchanged_on_error(model):
         model.requires_grad_(False)
         single = [entry for entry in modules_to_train if entry in dict(model.named_parameters())]
         heads = matching(model, [entry for entry in modules_to_train if entry not in single])
-        trained = list(dict.fromkeys([*heads, *strategy.train(model)]))
-        adapter = Adapter(name, model, strategy, trained=trained, heads=heads)
+        trained, order = [*heads, *strategy.train(model)], max((o.order for o in adapters_on(model)), default=-1) + 1
+        adapter = Adapter(name, model, strategy, trained=list(dict.fromkeys(trained)), heads=heads, order=order)
         _refuse_quantized(adapter)
+        _refuse_lost_values(adapter, keep_base)
         _train_in_place(adapter, keep_base)
         for site, delta in list(strategy.deltas(model)):
             module = model.get_submodule(site)
@@ -440,7 +515,7 @@ def attach(
         adapter.train_also(single)  # after the deltas, for they may lie beneath one
         if not adapter.parameters():
             raise UserError(f"{type(strategy).__name__} would train nothing on this {type(model).__name__}.")
-    _ATTACHED.setdefault(model, WeakSet()).add(adapter)
+        set_adapters(model, [*adapters_on(model), adapter])
     return adapter
 
 
@@ -454,6 +529,19 @@ def _refuse_quantized(adapter: Adapter) -> None:
             "quantized, so that they stay as they are. Choose a strategy that adds to them, such as LoRA, keep the "
             "layers out of the quantization (keep), or leave the base unquantized."
         )
+
+
+def _refuse_lost_values(adapter: Adapter, keep_base: bool) -> None:
+    """See that what other adapters hold of the base's tensors can still be told from what this one trains."""
+    adapter._refuse_merged_and_trained()
+    keeps, own = adapter.strategy.restorable or keep_base, adapter.parameters()
+    for other in () if keeps else adapters_on(adapter.model):
+        if shared := [name for name in other.originals if name in own]:
+            raise UserError(
+                f"{type(adapter.strategy).__name__} would train {listed(shared, 3)} without keeping the values of the "
+                f"adapter {other.name!r}, so that this one could not be saved or taken off any more. Remove it first, "
+                "or attach with keep_base=True."
+            )
 
 
 def _train_in_place(adapter: Adapter, keep_base: bool) -> None:
@@ -474,6 +562,8 @@ def _placed(delta: Delta, module: nn.Module) -> Delta:
 
 def _owned(names: Iterable[str], sites: Iterable[str], trained: Iterable[str], name: str) -> set[str]:
     """Those of the names that belong to an adapter of that name."""
+    names = list(names)
+    refuse_inner_wrappers(names)
     whole = tuple(f"{module}." for module in trained if module)
     exact = set(trained)
     prefixes = tuple(_prefix(site, name) for site in sites) + whole

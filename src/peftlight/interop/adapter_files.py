@@ -34,6 +34,7 @@ from peftlight.strategies.stack import Stack
 from peftlight.strategies.trainable_tokens import TrainableTokens
 from peftlight.strategies.vera import VeRA
 from peftlight.strategy import Adapter, PEFTStrategy, attach
+from peftlight.wrappers import plain_model
 
 # One row for each method that is exchanged with HF PEFT; everything else goes through our own format.
 _WRITERS: dict[type[PEFTStrategy], Callable[[Adapter], tuple[Config, Tensors]]] = {
@@ -162,7 +163,7 @@ def load_adapter(
     Raises:
         UserError: the files are missing, damaged, not supported, or do not fit the model, which is as it was.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), plain_model(model)
     with unchanged_on_error(model):
         try:
             files = read_files(folder, convert_pickle)

@@ -17,7 +17,7 @@ from peftlight.delta import CHILD
 from peftlight.interop.hf.names import SHORT_PREFIX, without_prefix
 from peftlight.linear import is_quantized
 from peftlight.shards import whole
-from peftlight.strategy import Adapter, adapters_on
+from peftlight.strategy import Adapter, base_values
 
 _MOST = 1 << 16
 
@@ -84,8 +84,7 @@ def _frozen(adapter: Adapter, in_file: Collection[str]) -> Iterator[tuple[str, t
     """Name, shape and values of each tensor of the base that is saved with it and that is not the adapter's."""
     model, own = adapter.model, adapter.state()
     saved = model.state_dict(keep_vars=True)
-    before = {name: value for other in adapters_on(model) if other.enabled
-              for name, value in {**other.originals, **other.merged}.items()}  # fmt: skip
+    before = base_values(model)
     held = {id(saved[name]) for key in in_file for name in _names_of(key) if name in saved}
     for named in (model.named_parameters(), model.named_buffers()):
         for name, tensor in named:

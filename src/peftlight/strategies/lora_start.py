@@ -86,7 +86,7 @@ def start_from(module: nn.Module, rank: int, scale: float, how: str, iterations:
 @torch.no_grad()
 def _full_weight(module: nn.Module) -> Tensor:
     """The weight (out, in) as float32; of a layer quantized in another way, by what it makes of unit vectors."""
-    weight = module.get_parameter("weight")
+    weight: Tensor = module.weight  # type: ignore[assignment]
     if weight.is_floating_point() or is_quantized(module):
         return weight_of(module).to(torch.float32)
     own, units = type(module).forward, torch.eye(widths(module)[0], device=weight.device)

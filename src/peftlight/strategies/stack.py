@@ -5,7 +5,7 @@ Its MAM adapter is a prefix in the attention together with a parallel adapter be
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,10 +55,10 @@ class Stack(PEFTStrategy):
 
     def parts(self, adapter: Adapter) -> Sequence[Adapter]:
         return [
-            Adapter(
-                f"{adapter.name}.{number}",
-                adapter.model,
-                member,
+            replace(
+                adapter,
+                name=f"{adapter.name}.{number}",
+                strategy=member,
                 sites={
                     site: layers.deltas[str(number)]
                     for site, layers in _layers(adapter)

@@ -44,6 +44,7 @@ from peftlight.tasks.unmet import unmet_plans
 from peftlight.tasks.vocabulary import check_vocabulary
 from peftlight.train_mode import put_in_train_mode
 from peftlight.watching import keep_watch
+from peftlight.wrappers import seen_through
 
 AdapterDtype = Literal["float32", "bfloat16"]
 
@@ -82,7 +83,10 @@ class PEFTModule(LightningModule):
         """
         super().__init__()
         self.source = Source(base_model, revision, trust_remote_code) if isinstance(base_model, str) else None
-        self.model: nn.Module | None = base_model if isinstance(base_model, nn.Module) else None
+        self.model: nn.Module | None = seen_through(base_model) if isinstance(base_model, nn.Module) else None
+        wrapped = isinstance(base_model, nn.Module) and base_model is not self.model
+        self._compiled: tuple[Any, ...] = (base_model,) if wrapped else ()
+        """What `torch.compile` has made of the model, where that was given; in a tuple, so that it is no child."""
         self.strategy = as_strategy(strategy)
         self.trained_modules, self.dtype_of_base = trained_modules, dtype
         self.gradient_checkpointing = gradient_checkpointing
@@ -158,6 +162,7 @@ class PEFTModule(LightningModule):
     def take(self, adapter: Adapter, source: Source | None) -> None:
         """Compute with an adapter that is on its model already, to evaluate or predict; the base is from `source`."""
         self.model, self.strategy, self.adapter, self.source = adapter.model, adapter.strategy, adapter, source
+        self._compiled = ()
 
     def configure_model(self) -> None:
         """Load the base, attach the strategy, and keep what is trained in float32."""
@@ -182,7 +187,8 @@ class PEFTModule(LightningModule):
         if self.adapter is None:
             self.configure_model()
         assert self.model is not None
-        return self.model(**inputs)
+        (called,) = self._compiled or (self.model,)
+        return called(**inputs)
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What of a batch the model reads, labels left out."""

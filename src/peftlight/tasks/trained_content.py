@@ -8,6 +8,7 @@ from torch import Tensor
 from peftlight.errors import UserError, listed
 from peftlight.finite import not_finite
 from peftlight.strategy_spec import spec_of
+from peftlight.wrappers import without_wrapper
 
 if TYPE_CHECKING:
     from peftlight.tasks.base import PEFTModule
@@ -20,7 +21,8 @@ def keep_trained(module: "PEFTModule", checkpoint: dict[str, Any]) -> None:
         UserError: a trained tensor, or what the optimizer keeps of it, is not finite.
     """
     own = module.own_state()
-    checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in own}
+    named = {without_wrapper(key): value for key, value in checkpoint["state_dict"].items()}
+    checkpoint["state_dict"] = {key: value for key, value in named.items() if key in own}
     _refuse_not_finite(module, checkpoint)
     checkpoint["quantization"] = _held(module)
     strategy = spec_of(module.strategy)  # it may have been settled

@@ -12,6 +12,7 @@ from peftlight.strategy import PEFTStrategy
 from peftlight.testing import checks, processes
 from peftlight.testing.models import MODELS, inputs_for, make
 from peftlight.testing.training import Case
+from peftlight.wrappers import seen_through
 
 CHECKS: dict[str, Callable[[Case], str | None]] = {
     "starts as it claims": checks.starts_as_it_claims,
@@ -66,7 +67,7 @@ def check_strategy(
         AssertionError: a promise is broken, or no model is served; the message lists everything.
     """
     models = models if models is not None else {name: (Tiny(name), inputs_for(name)) for name in MODELS}
-    cases = {name: Case(make_strategy, make_model, inputs) for name, (make_model, inputs) in models.items()}
+    cases = {name: Case(make_strategy, Plain(make), inputs) for name, (make, inputs) in models.items()}
     wanted = {name: check for name, check in CHECKS.items() if name not in set(leave_out)}
     results = [result for name, case in cases.items() for result in _on_one_model(name, case, wanted)]
     if PROCESSES not in set(leave_out):
@@ -115,6 +116,16 @@ def in_two_processes(cases: Mapping[str, Case]) -> list[Result]:
         )
         for name, names in zip(cases, wrong, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Makes a model as a function does, without the wrapper of `torch.compile`; picklable."""
+
+    make: Callable[[], nn.Module]
+
+    def __call__(self) -> nn.Module:
+        return seen_through(self.make())
 
 
 @dataclass(frozen=True)
