@@ -6,8 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from peftlight import __version__
+from peftlight.class_paths import to_type
 from peftlight.environment import settle_environment
 from peftlight.errors import UserError, nearest, one_line
+from peftlight.own_modules import take_out as without_imports
 from peftlight.signals import Stopped, end_at_once_by
 
 TRAINING = {
@@ -64,6 +66,7 @@ _COMMAND_HELP = """usage: peftlight {command} --config FILE [--config FILE ...] 
   --trainer.KEY VALUE              max_epochs, devices, strategy, precision, accumulate_grad_batches ...
   --seed_everything N              the seed of all random numbers
   --ckpt_path FILE                 a checkpoint to begin from or to evaluate
+  --import FILE_OR_MODULE          a Python file or module with classes of your own, where it lies elsewhere
 {beginning}  --traceback                      on an error, show where in the code it happened
 
   peftlight {command} --help-all          every option
@@ -119,20 +122,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"peftlight: ended by {stopped.name}", file=sys.stderr)
         return stopped.exit_code
     except Exception as error:
-        code = 1 if traceback else _say(error)
+        code = 1 if traceback else _say(error, given)
         _tell_other_machines(error)
         if traceback:
             raise
         return code
 
 
-def _say(error: Exception) -> int:
-    """Print the error, and return its exit code."""
+def _say(error: Exception, given: list[str]) -> int:
+    """Print the error of a command, and return its exit code."""
     if not isinstance(error, UserError | OSError):
         told = f"{type(error).__name__}: {error}"
         print(f"peftlight: unexpected error: {told}\n  --traceback shows where it happened.", file=sys.stderr)
         return 1
-    lines = (one_line(line) for line in str(error).split("\n"))  # a file's text must not steer the terminal
+    text = "\n".join([str(error), *filter(None, [to_type(error, given)])])
+    lines = (one_line(line) for line in text.split("\n"))  # a file's text must not steer the terminal
     shown = "\n".join(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..." for line in lines)
     print(f"peftlight: error: {shown}", file=sys.stderr)
     return 2
@@ -156,7 +160,8 @@ def _run(given: list[str]) -> int:
     from peftlight.config_errors.given import read_given
     from peftlight.resume.asked import take_out
 
-    read_given(take_out(given)[1])  # a file that is missing or no YAML is refused before seconds of imports
+    others = take_out(without_imports(given)[1])[1]
+    read_given(others)  # a file that is missing or no YAML is refused before seconds of imports
     from peftlight.lightning_cli import run
 
     with end_at_once_by(signal.SIGINT):  # Lightning would take a KeyboardInterrupt for a failure

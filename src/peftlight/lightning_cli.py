@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 import peftlight.processes  # so that Lightning knows fsdp2
 import peftlight.strategies  # noqa: F401  # so that LoRA and the others are found by their short names
+from peftlight import own_modules
 from peftlight.callbacks import Checkpoints, FirstSteps, PredictionWriter, Progress, RunRecord, Stopping
 from peftlight.callbacks.metrics_file import MetricsFile
 from peftlight.checkpoint_files import AtomicCheckpoints
@@ -57,7 +58,9 @@ def run(arguments: Sequence[str]) -> None:
     shows_help = any(word == "-h" or "help" in word or "print_config" in word for word in arguments)
     set_parsing_settings(docstring_parse_attribute_docstrings=shows_help)  # it reads the source of every class
     _silence_remarks()
-    beginning = Beginning(*take_out(arguments))
+    imports, others = own_modules.take_out(arguments)
+    own_modules.import_each(imports)
+    beginning = Beginning(*take_out(others))
     before = sys.argv
     sys.argv = [before[0], *arguments]  # where Lightning looks, also to start further processes
     try:

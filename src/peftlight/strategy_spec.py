@@ -2,10 +2,11 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypedDict, get_type_hints
 
-from peftlight.errors import UserError, listed, nearest
+from peftlight.class_paths import below, found, path_of, unknown
+from peftlight.errors import UserError
 from peftlight.strategy import PEFTStrategy
 from peftlight.typed import fits, kind_of
 
@@ -24,7 +25,15 @@ def spec_of(strategy: PEFTStrategy) -> StrategySpec:
         [field.name for field in dataclasses.fields(strategy)] if dataclasses.is_dataclass(strategy) else []
     )
     arguments = {name: _plain(getattr(strategy, name)) for name in names}
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+    return {"class_path": path_of(kind), "init_args": arguments}
+
+
+def kinds_in(strategy: PEFTStrategy) -> list[type]:
+    """The classes of a strategy and of those within it."""
+    values: list[Any] = [strategy, *vars(strategy).values()]
+    each = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    inner = [kind for one in each[1:] if isinstance(one, PEFTStrategy) for kind in kinds_in(one)]
+    return list(dict.fromkeys([type(strategy), *inner]))
 
 
 def _plain(value: Any) -> Any:
@@ -47,14 +56,10 @@ def as_strategy(given: PEFTStrategy | Mapping[str, Any]) -> PEFTStrategy:
     import peftlight.strategies  # noqa: F401  # so that ours are among the subclasses
 
     path = str(given["class_path"])
-    known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(PEFTStrategy)}
-    short = {kind.__name__: kind for name, kind in known.items() if name.startswith("peftlight.strategies.")}
-    kind = known.get(path) or short.get(path)
+    ours = {kind.__name__: kind for kind in below(PEFTStrategy) if kind.__module__.startswith("peftlight.strategies.")}
+    kind = found(path, PEFTStrategy) or ours.get(path)
     if kind is None:
-        raise UserError(
-            f"The strategy {path} is not known.{nearest(path, known)} "
-            f"If it is yours, import its module first. Known: {listed(sorted(short), 24)}."
-        )
+        raise unknown("strategy", path, PEFTStrategy)
     arguments = {name: _made(value) for name, value in given["init_args"].items()}
     _check_kinds(kind, path, arguments)
     try:
@@ -85,9 +90,3 @@ def _made(value: Any) -> Any:
     ):
         return as_strategy(value)
     return [_made(item) for item in value] if isinstance(value, list) else value
-
-
-def _subclasses(kind: type[PEFTStrategy]) -> Iterator[type[PEFTStrategy]]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from _subclasses(child)

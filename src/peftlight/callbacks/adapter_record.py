@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from peftlight.class_paths import definitions, is_ours, path_of
 from peftlight.tasks import PEFTModule
 
 
@@ -28,7 +29,8 @@ def adapter_record(
             "quantization": quantization and quantization.described(),
             **(vars(module.source) if module.source else {}),
         },
-        "task": type(module).__name__,
+        "task": _name_of(type(module)),
+        "defined_in": definitions([type(module)]),
         "label_names": getattr(module, "label_names", None),
         "data": {
             "source": source and str(source),
@@ -40,3 +42,8 @@ def adapter_record(
         **{key: run[key] for key in ("initialised_from",) if key in run},
         "seed": None if run["seed"] is False else run["seed"],  # false: none was asked for
     }
+
+
+def _name_of(kind: type) -> str:
+    """The name of one of our tasks; of another its path."""
+    return kind.__name__ if is_ours(kind) else path_of(kind)

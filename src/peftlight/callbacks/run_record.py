@@ -17,6 +17,7 @@ from peftlight.callbacks.curves import draw_curves
 from peftlight.callbacks.metrics_file import NAME as METRICS
 from peftlight.callbacks.metrics_file import go_on, lines_of
 from peftlight.callbacks.stopping import time_was_up
+from peftlight.class_paths import definitions
 from peftlight.console import say, stop_log, write_log_to
 from peftlight.errors import UserError
 from peftlight.files import clear_unfinished, write_text
@@ -28,6 +29,7 @@ from peftlight.resume.past import Past, read_run
 from peftlight.resume.recorded import KEY, Recorded, facts_of, versions
 from peftlight.shards import is_sharded
 from peftlight.signals import Stopped, StoppedTogether
+from peftlight.strategy_spec import kinds_in
 from peftlight.tasks import PEFTModule, TaskCallback
 from peftlight.tasks.planned_steps import accumulations, planned_steps
 from peftlight.watching import Watch
@@ -117,6 +119,8 @@ class RunRecord(TaskCallback):
             self.record["steps_planned"] = None if steps == float("inf") else steps
             self.record["trained"] = [_plain(row) for row in rows_of(pl_module.adapter)]
             self.record["without_delta"] = [_plain(each) for each in without_delta(pl_module.adapter)]
+            if own := definitions([type(pl_module), *kinds_in(pl_module.strategy)]):
+                self.record["defined_in"] = own
             self._write("running")
 
     def _note_facts(self, trainer: Trainer, module: PEFTModule) -> None:

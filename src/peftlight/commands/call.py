@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from peftlight import own_modules
 from peftlight.commands.pipes import reader_may_leave
 from peftlight.errors import UserError, listed, nearest
 
@@ -41,9 +42,10 @@ def call(command: str, arguments: Sequence[str]) -> int:
         UserError: an argument is unknown, missing or of the wrong kind; or what the command raises.
     """
     function = getattr(importlib.import_module(f"peftlight.commands.{command}"), command)
-    parser, own_words, passed = _parser(command, function), list(arguments), _passed(function)
+    imports, own_words = own_modules.take_out(arguments)
+    parser, passed = _parser(command, function), _passed(function)
     if passed:
-        own_words, others = _parted(arguments, function)
+        own_words, others = _parted(own_words, function)
     try:
         given = vars(parser.parse_args(own_words))
     except argparse.ArgumentError as error:
@@ -53,6 +55,7 @@ def call(command: str, arguments: Sequence[str]) -> int:
     shared = _shared(function)
     own: dict[str, Any] = {name: given[name] for name in _hints(function) if name not in {*shared, *passed}}
     own |= {name: FitOptions(others) for name in passed}
+    own_modules.import_each(imports)
     with reader_may_leave():
         return function(**own, **{name: kind(**_fields(kind, own, given)) for name, kind in shared.items()}) or 0
 
@@ -74,6 +77,7 @@ def _parser(command: str, function: Command) -> ArgumentParser:
     if passed:
         usage = parser.format_usage().removeprefix("usage: ").rstrip()
         parser.usage = f"{usage} --config FILE [--KEY VALUE ...]"
+    parser.add_argument(own_modules.OPTION, metavar="FILE_OR_MODULE", help=own_modules.HELP)  # taken out before
     return parser
 
 

@@ -82,6 +82,8 @@ def _record(
     records = opened.records
     head = records[heads_from] if heads_from else next((r for r in records.values() if r.label_names), None)
     names = opened.adapters.names
+    tasks = {record.task: record.defined_in or {} for record in records.values() if record.task}
+    task = next(iter(tasks), "")
     made_of = [
         {"name": name, "weight": weight, "sha256": records[name].sha256, "data": records[name].data}
         for name, weight in zip(names, weights, strict=True)
@@ -92,7 +94,8 @@ def _record(
             "revision": opened.source.revision,
             "auto_class": opened.auto_class,
         },
-        "task": next((record.task for record in records.values() if record.task), None),
+        "task": task or None,
+        "defined_in": {path: file for path, file in tasks.get(task, {}).items() if path == task},
         "label_names": head.label_names if head else None,
         "combined": {**{name: value for name, value in how.items() if value is not None}, "adapters": made_of},
     }

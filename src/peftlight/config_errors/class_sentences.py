@@ -36,15 +36,16 @@ def no_such_class(problem: Problem) -> str:
     if not f"{module}.".startswith(f"{lost}."):
         return ""  # the module is there, and fails to import another
     meant = near(base, problem.places.known(problem.path))
-    what_to_do = _where_to_put(lost)
+    what_to_do = _where_to_put(lost, module)
     return f"{at} {name} is not found: there is no module '{lost}'.{meant}\n  {what_to_do}"
 
 
-def _where_to_put(module: str) -> str:
-    package = module.rpartition(".")[0]
+def _where_to_put(lost: str, module: str) -> str:
+    package = lost.rpartition(".")[0]
     if package:
         return f"The package {package} is there: look at the rest of the name."
-    return "Install its package, run the command in the folder that it is in, or put that folder on PYTHONPATH."
+    file = f"FOLDER/{module.replace('.', '/')}.py"
+    return f"Install its package, run the command in the folder that it is in, or name its file: --import {file}"
 
 
 def wrong_kind(problem: Problem) -> str:

@@ -1,8 +1,10 @@
 """How an adapter is used: commands and Python, for its card."""
 
+import shlex
 from collections.abc import Iterator
 
-from peftlight.handover.markdown import block
+from peftlight.class_paths import NOTEBOOK
+from peftlight.handover.markdown import block, code
 from peftlight.handover.public_names import is_hub_id, is_public
 from peftlight.interop.run_facts import RunFacts
 
@@ -21,8 +23,13 @@ def usage(facts: RunFacts, base: str | None) -> Iterator[str]:
     yield "`ADAPTER` stands for the folder of these files, or for the name of their repository on the hub."
     if base is None or not is_public(base):
         yield "The base is not known by a name that other machines know: give yours with `--base`."
+    own = dict(sorted((facts.record.defined_in or {}).items()))
+    if own:
+        which = ", ".join(f"{code(path)} in {code(file)}" for path, file in own.items())
+        yield f"It needs code that is not among these files, and that runs when it is imported: {which}."
+    imports = "".join(f" --import {shlex.quote(file)}" for file in dict.fromkeys(own.values()) if file != NOTEBOOK)
     command = _COMMANDS.get(auto_class or "", _ROWS) if auto_class else "peftlight inspect ADAPTER"
-    yield block("sh", command)
+    yield block("sh", command + imports)
     if base is None or auto_class is None or not is_public(base):
         return
     revision = facts.record.base.revision if base == facts.record.base.name else None

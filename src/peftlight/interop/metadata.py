@@ -10,13 +10,14 @@ from typing import Any, TypedDict, TypeVar, get_type_hints
 import torch
 
 from peftlight import __version__
+from peftlight.class_paths import definitions
 from peftlight.errors import UserError, is_one_line
 from peftlight.interop.base_hash import Fingerprint, fingerprint
 from peftlight.interop.contents import Tensors
 from peftlight.interop.hf.frame import base_name
 from peftlight.interop.hf.targets import task_of
 from peftlight.strategy import Adapter, PEFTStrategy
-from peftlight.strategy_spec import StrategySpec, spec_of
+from peftlight.strategy_spec import StrategySpec, kinds_in, spec_of
 from peftlight.typed import misfit
 
 FILE = "peftlight.json"
@@ -79,6 +80,8 @@ class Record:
     """Modules and parameters of the base trained in place."""
     folds: bool | None = None
     """Whether weights of the base can hold it; a prompt or a bottleneck cannot be merged."""
+    defined_in: dict[str, str] | None = None
+    """For the path of each class that is not of peftlight, the file or module to import; nothing here imports it."""
     versions: dict[str, str] | None = None
     format: int | None = None
     sha256: str | None = None
@@ -100,15 +103,23 @@ def describe(adapter: Adapter, recipe: PEFTStrategy, tensors: Tensors, given: Ma
         "auto_class": base.get("auto_class") or _CLASSES_BY_TASK.get(str(task_of(adapter.model))),
     }
     return {
-        **given,
+        **{name: value for name, value in given.items() if name != "defined_in"},
         "base": base | dataclasses.asdict(fingerprint(adapter, tensors)),
         "format": FORMAT,
         "strategy": spec_of(adapter.strategy),
         "trained_by": spec_of(recipe),
         "trained": adapter.trained,
         "folds": all(delta.folds for delta in adapter.sites.values()),
+        **_definitions(adapter, recipe, given),
         "versions": versions,
     }
+
+
+def _definitions(adapter: Adapter, recipe: PEFTStrategy, given: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """`defined_in`, for the strategies and what else is given; nothing where all classes are ours."""
+    kinds = [*kinds_in(recipe), *kinds_in(adapter.strategy)]
+    found = {**given.get("defined_in", {}), **definitions(kinds)}
+    return {"defined_in": found} if found else {}
 
 
 def as_record(origin: Mapping[str, Any]) -> Record:
@@ -121,6 +132,10 @@ def as_record(origin: Mapping[str, Any]) -> Record:
     _check_base(record.base, FILE)
     if record.task is not None and not is_one_line(record.task):
         raise UserError(f"{FILE}: task is {record.task!r}; expected the name of a class.")
+    if odd := [text for pair in (record.defined_in or {}).items() for text in pair if not is_one_line(text)]:
+        raise UserError(
+            f"{FILE}: defined_in holds {odd[0]!r}; expected names of classes and of files, each in one line."
+        )
     return record
 
 

@@ -79,6 +79,7 @@ def _facts(facts: RunFacts) -> Iterator[tuple[str, str]]:
         "base": f"{base.name} at {base.revision}" if base.revision else base.name,
         "number format": base.dtype,
         "task": record.task or base.auto_class,
+        "defined in": ", ".join(f"{path}: {file}" for path, file in (record.defined_in or {}).items()),
         "classes": ", ".join(record.label_names or ()),
         "data": " ".join(str(value) for name, value in (record.data or {}).items()
                          if name in ("source", "fingerprint") and value),

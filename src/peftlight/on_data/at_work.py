@@ -12,10 +12,12 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from peftlight import tasks
+from peftlight.class_paths import found, unknown
 from peftlight.data import DataFamily
 from peftlight.errors import UserError, listed
 from peftlight.interop import read_record
 from peftlight.on_data.chosen_data import Choice, SameClasses, chosen_data
+from peftlight.on_data.own_options import own_names
 from peftlight.on_data.run_config import config_of_run, read_config
 from peftlight.opened import Opened, named_folders, open_adapters
 from peftlight.opening import Opening
@@ -41,7 +43,7 @@ class OnData:
         adapters = self.opened.adapters
         adapters.use(*([] if name is None else [name]))
         adapter = Adapter("base", self.opened.model, PEFTStrategy()) if name is None else adapters[name]
-        module = self.task(self.opened.model, adapter.strategy, **self.options)
+        module = self.task(base_model=self.opened.model, strategy=adapter.strategy, **self.options)
         module.take(adapter, self.opened.source)
         return module
 
@@ -68,8 +70,9 @@ def open_on_data(given: Sequence[str], choice: Choice, config: str | None, openi
     """
     first = next(iter(named_folders(given).values()))
     said = config_of_run(first) if config is None else read_config(Path(config))
+    chosen = said.task() or _recorded_task(first)
     opened = open_adapters(given, replace(opening, dtype=opening.dtype or _recorded_dtype(first)))
-    task = said.task() or _task_of(opened)
+    task = chosen or _task_of(opened)
     if task.auto_class != opened.auto_class:
         raise UserError(f"{said.where} is for {task.__name__}, but the adapters are on an {opened.auto_class}.")
     data = chosen_data(opened, task, said, choice)
@@ -105,6 +108,20 @@ def _recorded_dtype(folder: Path) -> Dtype | None:
     if base.quantization is not None:
         return None
     return base.dtype if base.dtype in ("bfloat16", "float16") else "float32"  # type: ignore[return-value]
+
+
+def _recorded_task(folder: Path) -> type[PEFTModule] | None:
+    """The task of the user's own that the adapter was trained by; None where it was one of ours or is not known."""
+    name = read_record(folder).task
+    if name is None or name in tasks.__all__:
+        return None
+    kind = found(name, PEFTModule)
+    if kind is None:
+        raise unknown("task", name, PEFTModule)
+    if options := own_names(kind):
+        raise UserError(f"{kind.__name__} has options of its own ({listed(options)}), which the adapter's record does "
+                        "not hold: give the configuration of its training, --config FILE.")  # fmt: skip
+    return kind
 
 
 def _precision_for(opened: Opened) -> str:

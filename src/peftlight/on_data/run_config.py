@@ -1,8 +1,8 @@
 """The configuration that an adapter was trained by: its task with the task's options, its data, its precision."""
 
-import importlib
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -10,11 +10,14 @@ from typing import Any, TypeVar, get_type_hints
 
 from peftlight import data as families
 from peftlight import tasks
+from peftlight.class_paths import UnknownClass, found, is_ours
 from peftlight.config_errors.given import read_given
 from peftlight.data import DataFamily
 from peftlight.errors import UserError, listed, nearest
 from peftlight.interop.folder import OF_RUN
 from peftlight.interop.run_facts import SETTINGS, Section, read_settings
+from peftlight.on_data.own_options import made_options, names_class, own_names
+from peftlight.own_modules import import_module
 from peftlight.tasks import PEFTModule
 from peftlight.typed import fits, kind_of
 
@@ -59,7 +62,7 @@ class RunConfig:
         kind = self.task()
         given = self.model.get("init_args") or {}
         own = {key: value for key, value in given.items() if key not in _OF_TRAINING}
-        return {} if kind is None else self._checked(kind, own)
+        return {} if kind is None else self._checked(kind, own, _OF_TRAINING)
 
     def make_data(self) -> DataFamily:
         """The data.
@@ -72,7 +75,8 @@ class RunConfig:
         kind = self._class(self.data, families, DataFamily)
         options = self._checked(kind, self.data.get("init_args") or {})
         if not self.trusted:
-            options = {name: value for name, value in options.items() if name in ROWS}
+            read = ROWS if is_ours(kind) else {*ROWS, *own_names(kind)}
+            options = {name: value for name, value in options.items() if name in read}
         needed = [name for name, one in inspect.signature(kind).parameters.items() if one.default is one.empty]
         if missing := [name for name in needed if name not in options]:
             raise UserError(f"{self.where}: {kind.__name__} needs {listed(missing)}.")
@@ -81,21 +85,29 @@ class RunConfig:
     def _class(self, section: Mapping[str, Any], room: ModuleType, parent: type[T]) -> type[T]:
         path = str(section["class_path"])
         name = path.removeprefix(f"{room.__name__}.")
-        module, _, leaf = name.rpartition(".")
-        if not module and name not in room.__all__:
+        module, _, leaf = path.rpartition(".")
+        if name in room.__all__:
+            kind: Any = getattr(room, name)
+        elif kind := found(path, parent):
+            return kind
+        elif not module:
             raise UserError(f"{self.where}: there is no class {name!r}.{nearest(name, room.__all__)}")
-        if module and not self.trusted:
-            raise UserError(f"{self.where} names the class {path}, which is not among those of {room.__name__}. If you "
-                            f"trust it, give the configuration by name: --config {self.where}")  # fmt: skip
-        try:
-            found = getattr(importlib.import_module(module), leaf) if module else getattr(room, name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"{self.where}: the class {path} cannot be imported: {error}.") from error
-        if not (isinstance(found, type) and issubclass(found, parent)):
+        elif not self.trusted:
+            said = f"{self.where} names the class {path}, which is not among those of {room.__name__}."
+            raise UnknownClass(f"{said} If you trust it, give the configuration by name: --config {self.where}", path)
+        else:
+            import_module(module, f"{self.where}: the class {path}")
+            kind = getattr(sys.modules[module], leaf, None)
+        if not (isinstance(kind, type) and issubclass(kind, parent)):
             raise UserError(f"{self.where}: {path} is no {parent.__name__}.")
-        return found
+        return kind
 
-    def _checked(self, kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _checked(self, kind: type, options: Mapping[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
+        if not is_ours(kind):
+            if not self.trusted and (named := [name for name, value in options.items() if names_class(value)]):
+                raise UserError(f"{self.where} names a class in {listed(named)} of {kind.__name__}. If you trust it, "
+                                f"give the configuration by name: --config {self.where}")  # fmt: skip
+            return made_options(kind, options, self.where, skip)
         hints = get_type_hints(kind.__init__)  # type: ignore[misc]
         for name, value in options.items():
             if name not in hints:
@@ -112,11 +124,11 @@ def read_config(path: Path, trusted: bool = True) -> RunConfig:
         UserError: the file cannot be read, or is no configuration.
     """
     read_given(["validate", f"--config={path}"])
-    found = read_settings(path)
-    precision = (found.get("trainer") or {}).get("precision")
+    said = read_settings(path)
+    precision = (said.get("trainer") or {}).get("precision")
     if not fits(precision, str | int | None):
         raise UserError(f"{path}: trainer.precision is {precision!r}; expected text such as bf16-mixed.")
-    return RunConfig(str(path), trusted, _section(found.get("model")), _section(found.get("data")), precision)
+    return RunConfig(str(path), trusted, _section(said.get("model")), _section(said.get("data")), precision)
 
 
 def config_of_run(folder: Path) -> RunConfig:

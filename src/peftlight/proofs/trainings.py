@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from peftlight import own_modules
 from peftlight.checkpoint_files import read_checkpoint
 from peftlight.console import say
 from peftlight.errors import UserError
@@ -116,8 +117,10 @@ def until_done(arguments: Sequence[str], root: Path, kept: Path) -> None:
 
 
 def peftlight(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run our command line in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "peftlight", *arguments], capture_output=True, text=True)
+    """Run our command line in a process of its own, with the user's classes as here."""
+    classes = [word for name in own_modules.imported for word in (own_modules.OPTION, name)]
+    command = [sys.executable, "-m", "peftlight", *arguments, *classes]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def failure(done: "subprocess.CompletedProcess[str]") -> Exception:
