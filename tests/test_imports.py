@@ -67,6 +67,7 @@ ROOMS = {
     "watching": set(),
     "random_state": set(),
     "tasks": {
+        "checkpoint_files",
         "random_state",
         "watching",
         "divergence",
@@ -77,6 +78,7 @@ ROOMS = {
         "liveness",
         "pretrained",
         "quantization",
+        "typed",
     },
     "data": set(),
     "run_folder": set(),

@@ -21,6 +21,7 @@ from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
 from peftlight.tasks.distribution import refuse_other_distribution
+from peftlight.tasks.from_checkpoint import FromCheckpoint
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
 from peftlight.tasks.optimizer_step import OptimizerStep
 from peftlight.tasks.preparation import Initial, prepare_strategy
@@ -36,7 +37,7 @@ from peftlight.watching import keep_watch
 AdapterDtype = Literal["float32", "bfloat16"]
 
 
-class PEFTModule(LightningModule):
+class PEFTModule(FromCheckpoint, LightningModule):
     """A pretrained model paired with a strategy. A task says how the loss and the metrics are made."""
 
     auto_class: str
