@@ -1,13 +1,26 @@
 """What holds for every test: no network, a cache of its own, and the command line as a fresh process sees it."""
 
+import atexit
 import os
+import shutil
+import signal
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ENDPOINT", "COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR"):
+    os.environ.pop(_name, None)
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # what the user has fetched is not there
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="no-models-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+os.umask(0o022)
+for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # which a suite in the background ignores, with all that
+    if signal.getsignal(_number) == signal.SIG_IGN:  # it starts
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

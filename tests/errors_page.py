@@ -11,6 +11,8 @@ from bad_inputs import adapters, configuration, data, environment, models
 from bad_inputs.row import Row
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "errors.md"
+PYTHON = (3, 11)
+"""The version with which the page is written; others word some errors differently."""
 SECTIONS = {
     "The command": configuration.COMMAND,
     "Files of the configuration": configuration.FILES,

@@ -10,8 +10,9 @@ import torch
 import peftlight
 from bad_inputs.kit import fill
 from bad_inputs.outcome import outcome, working_folder
-from errors_page import DOCUMENT, ROWS, documented, page, plain
+from errors_page import DOCUMENT, PYTHON, ROWS, documented, page, plain
 from peftlight.config_errors import places
+from requirements import as_pinned, direct, needed
 from tasks.small import QUIET
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore")]
@@ -24,6 +25,12 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with working_folder(None, tmp_path_factory.mktemp("kit") / "kit") as folder:
         fill(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pinned() -> bool:
+    """Whether the libraries, and Python, are those that the page was written with."""
+    return sys.version_info[:2] == PYTHON and as_pinned(needed(direct()))
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +49,9 @@ def _file_of(kind: type) -> str:
 
 
 @pytest.mark.parametrize("key", ROWS, ids=": ".join)
-def test_a_bad_input_is_refused_as_the_page_says(key: tuple[str, str], kit: Path, tmp_path: Path) -> None:
+def test_a_bad_input_is_refused_as_the_page_says(
+    key: tuple[str, str], kit: Path, tmp_path: Path, pinned: bool
+) -> None:
     row = ROWS[key]
     with working_folder(kit, tmp_path / "work") as folder:
         code, message = outcome(row, folder)
@@ -51,7 +60,8 @@ def test_a_bad_input_is_refused_as_the_page_says(key: tuple[str, str], kit: Path
     assert len(message.splitlines()) <= _MOST_LINES
     assert not [noise for noise in _NOISE if noise in message], message
     assert not [part for part in row.says if part not in message], message
-    assert plain(message) == documented()[key]
+    if pinned:  # others may word what the messages pass on differently
+        assert plain(message) == documented()[key]
 
 
 def test_the_page_has_every_row_and_no_other() -> None:

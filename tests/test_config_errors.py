@@ -340,7 +340,7 @@ IN_A_FILE = {
     "bad indentation": ("    base_model", "      base_model", "c.yaml:6: this line is not YAML: its indentation"),
     "unclosed bracket": ("rank: 8", "rank: [8", "c.yaml:10: this line is not YAML"),
     "second colon": ("rank: 8", "rank: alpha: 8", "c.yaml:9: this line is not YAML: a ':' where none can be"),
-    "unknown alias": ("rank: 8", "rank: *eight", "c.yaml:9: this line is not YAML: found undefined alias"),
+    "unknown alias": ("rank: 8", "rank: *eight", "c.yaml:9: this line is not YAML"),
     "two documents": ("data:\n", "---\ndata:\n", "c.yaml:12: this line is not YAML: a second document begins"),
     "included file": (
         "trainer:\n  max_epochs: 5\n",

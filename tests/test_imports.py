@@ -79,6 +79,7 @@ ROOMS = {
     "watching": set(),
     "random_state": set(),
     "tasks": {
+        "checkpoint_files",
         "random_state",
         "watching",
         "divergence",
@@ -91,6 +92,7 @@ ROOMS = {
         "pretrained",
         "quantization",
         "train_mode",
+        "typed",
         "wrappers",
     },
     "data": set(),

@@ -50,7 +50,7 @@ FILES = [
     _over("an anchor that holds itself", "trainer: &a\n  callbacks: *a\n", "over.yaml:1", "an alias to itself"),
     _over("anchors that double and double", _DOUBLING, "over.yaml:16", "aliases written out", "100000"),
     _over("brackets without end", "trainer: " + "[" * 100_000, "over.yaml:1", "more than 50 deep"),
-    _over("an alias without an anchor", "trainer: *nowhere\n", "over.yaml:1", "undefined alias"),
+    _over("an alias without an anchor", "trainer: *nowhere\n", "over.yaml:1", "not YAML", "*nowhere"),
     _over(
         "a tag of Python", "trainer: !!python/object/apply:os.system [ls]\n", "over.yaml:1", "!!os.system", "not read"
     ),
@@ -165,7 +165,7 @@ VALUES = [
     _over("a list for a text", "data:\n  init_args:\n    source: [a.csv, b.csv]\n", "over.yaml:3", "must be text"),
     _over("words that YAML reads as no text", "data:\n  init_args:\n    labels: [no, yes]\n", "In quotes it is text"),
     _over("nothing for a number", "data:\n  init_args:\n    batch_size:\n", "over.yaml:3", "whole number", "is empty"),
-    _option("a learning rate below zero", "--optimizer.lr -0.1", "optimizer", "Invalid learning rate: -0.1"),
+    _option("a learning rate below zero", "--optimizer.lr -0.1", "optimizer", "refuses its settings", "-0.1"),
     _option("a learning rate in letters", "--optimizer.lr nan", "--optimizer.lr", "a number", "'nan'"),
     _option("a rank of zero", "--model.strategy.rank 0", "--model.strategy.rank", "at least 1", "rank is 0"),
     _option("a rank above the layer's", "--model.strategy.rank 64", "at most 32", "Set rank to 32 or below"),

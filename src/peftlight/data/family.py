@@ -64,6 +64,15 @@ class DataFamily(LightningDataModule):
         self._prepared: Preparation[Any] | None = None
         self._seed: int | None = None
 
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's own would obey a checkpoint that names code; ours hold no settings of data.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"A checkpoint holds no settings of data. They are in the run's config.yaml: {cls.__name__}(...)")
+
     def _check_fields(self) -> None:
         check_names(self.columns, self.column_names)
         for name, least in self.least.items():

@@ -29,6 +29,7 @@ from peftlight.tasks.added_groups import follow
 from peftlight.tasks.copies import copied
 from peftlight.tasks.early_base import load_base_early
 from peftlight.tasks.ending import Ending, Validated
+from peftlight.tasks.from_checkpoint import FromCheckpoint
 from peftlight.tasks.once import Once
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule, plan_by_steps
 from peftlight.tasks.optimizer_step import OptimizerStep
@@ -49,7 +50,7 @@ from peftlight.wrappers import seen_through
 AdapterDtype = Literal["float32", "bfloat16"]
 
 
-class PEFTModule(LightningModule):
+class PEFTModule(FromCheckpoint, LightningModule):
     """A pretrained model paired with a strategy. A task says how the loss and the metrics are made."""
 
     auto_class: str
