@@ -66,6 +66,7 @@ ROOMS = {
     "checkpoint_files": {"console"},
     "watching": set(),
     "random_state": set(),
+    "environment_options": set(),
     "tasks": {
         "random_state",
         "watching",
@@ -150,6 +151,8 @@ ROOMS = {
     "processes": {"blocks", "strategy", "tasks"},
     "cli": {"resume", "lightning_cli", "config_errors", "commands", "watching"},
     "lightning_cli": {
+        "console",
+        "environment_options",
         "watching",
         "processes",
         "tasks",

@@ -29,8 +29,10 @@ from peftlight.config_errors.dropped import refuse_dropped
 from peftlight.config_errors.explain import explain
 from peftlight.config_errors.of_the_run import explained
 from peftlight.config_errors.trainer_limits import check_limits
+from peftlight.console import kept_for_log, say
 from peftlight.data import DataFamily
 from peftlight.environment import HANDED_ON, RUN_FOLDER, is_first_process
+from peftlight.environment_options import options_of_environment, seeds_put_back
 from peftlight.errors import UserError
 from peftlight.processes.size import check_size
 from peftlight.resume.asked import take_out
@@ -58,10 +60,15 @@ def run(arguments: Sequence[str]) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=shows_help)  # it reads the source of every class
     _silence_remarks()
     beginning = Beginning(*take_out(arguments))
+    options, remarks = options_of_environment(arguments[0], os.environ)
+    beginning.arguments = [arguments[0], *options, *beginning.arguments[1:]]
     before = sys.argv
     sys.argv = [before[0], *arguments]  # where Lightning looks, also to start further processes
     try:
-        PeftlightCLI(beginning)
+        with kept_for_log(), seeds_put_back():
+            for remark in [] if shows_help else remarks:
+                say(remark)
+            PeftlightCLI(beginning)
     except argparse.ArgumentError as error:
         raise UserError(explain(error, beginning.arguments)) from error
     except Exception as error:
@@ -102,7 +109,7 @@ class PeftlightCLI(LightningCLI):
         except BaseException:
             self._leave(nothing_done=self.record is None or not self.record.began)
             raise
-        self._leave(nothing_done=False)
+        self._leave(nothing_done=self.record is not None and self.record.was_trial)
 
     def _leave(self, nothing_done: bool) -> None:
         if self.folder is not None:

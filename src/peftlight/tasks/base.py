@@ -23,6 +23,7 @@ from peftlight.tasks.adapted_base import adapted_base, check_precision
 from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
 from peftlight.tasks.optimizer_step import OptimizerStep
+from peftlight.tasks.precision import tell_of_slow_precision
 from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.schedule import LinearWarmup
@@ -131,6 +132,7 @@ class PEFTModule(LightningModule):
         """Load the base, attach the strategy, and keep what is trained in float32."""
         if self._trainer:
             refuse_other_distribution(self.trainer.strategy)
+            tell_of_slow_precision(self.trainer)
         if self.adapter is None:
             initial = self.initial if self._starts_anew() else None
             self.adapter = adapted_base(self, initial)
