@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from peftlight.callbacks.adapter_record import adapter_record
 from peftlight.callbacks.curves import draw_curves
+from peftlight.callbacks.found_values import with_found
 from peftlight.callbacks.metrics_file import NAME as METRICS
 from peftlight.callbacks.metrics_file import go_on, lines_of
 from peftlight.callbacks.stopping import time_was_up
@@ -101,6 +102,7 @@ class RunRecord(Callback):
         if not isinstance(pl_module, PEFTModule):
             return
         assert pl_module.adapter is not None
+        self.config = with_found(self.config, trainer, pl_module)
         self._facts = facts_of(trainer, pl_module, self.config)  # in every process: sharded tensors are read together
         if trainer.is_global_zero:
             if pl_module.quantization is not None:

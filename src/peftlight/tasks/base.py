@@ -27,6 +27,7 @@ from peftlight.tasks.precision import tell_of_slow_precision
 from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.schedule import LinearWarmup
+from peftlight.tasks.search import Search
 from peftlight.tasks.token_rate import TokenRate
 from peftlight.tasks.train_mode import put_in_train_mode
 from peftlight.tasks.trained_content import keep_trained, warn_of_other_base
@@ -87,6 +88,9 @@ class PEFTModule(LightningModule):
         self.goes_on = False
         """Whether a checkpoint is to come, which the trainer does not say yet when the model is made."""
         self.guard = Guard()
+        self.learning_rate: float | None = None
+        """In place of the optimizer's own, where it was found: Lightning's LearningRateFinder and Tuner set it."""
+        self.search = Search(self)
         self._last_step = 0
         self._prepared = False
         self.initial: Initial | None = None
@@ -181,6 +185,7 @@ class PEFTModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """The guard, unless the trainer has one with settings of its own; and the watch over several processes."""
         trainer: Any = self.trainer
+        self.search.forget()
         keep_watch(trainer)
         given = [callback for callback in trainer.callbacks if isinstance(callback, Guard)]
         self.guard = given[0] if given else self.guard
@@ -189,6 +194,7 @@ class PEFTModule(LightningModule):
     def on_fit_start(self) -> None:
         """What has to be right before the first step, and what is counted from it on."""
         assert self.adapter is not None
+        self.search.settle()
         put_in_train_mode(self.adapter)
         self._step.start(self.adapter)
         self.verdict = None
@@ -218,6 +224,7 @@ class PEFTModule(LightningModule):
             self.strategy.after_step(self.adapter, self.trainer.global_step + 1, self.total_steps())
 
     def on_train_start(self) -> None:
+        self.search.train()
         self._last_step = self.trainer.global_step  # a resumed training has its steps back only now
         self._state.put_back()
 
@@ -240,7 +247,8 @@ class PEFTModule(LightningModule):
         return dict(self.strategy.figures(self.adapter))
 
     def on_train_end(self) -> None:
-        self.audit()
+        if not self.search.on:
+            self.audit()
 
     def audit(self) -> Verdict:
         """What the training did to each trained tensor and to the frozen base; taken once, at the end of a fit."""
@@ -295,10 +303,13 @@ class PEFTModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
+        self.search.begin()
         keep_trained(self, checkpoint)
         self._state.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.search.end():
+            return
         self._state.load(checkpoint)
         warn_of_other_base(self, checkpoint)
 

@@ -86,7 +86,8 @@ class OptimizerStep:
         self._liveness.after_backward()  # the loss alone has to reach every tensor
         gradient, of_penalty = closed.beside
         rate = float(optimizer.param_groups[0]["lr"])
-        module.guard.judge(module, rate, closed.loss, closed.labels, gradient * closed.factor, of_penalty)
+        if not module.search.on:  # which tries rates that are too high
+            module.guard.judge(module, rate, closed.loss, closed.labels, gradient * closed.factor, of_penalty)
         if penalty is not None:
             _add(parameters, added)
             module.log("train_penalty", penalty.detach())
