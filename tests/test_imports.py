@@ -78,6 +78,7 @@ ROOMS = {
     "checkpoint_files": {"console"},
     "watching": set(),
     "random_state": set(),
+    "environment_options": set(),
     "tasks": {
         "checkpoint_files",
         "random_state",
@@ -184,6 +185,8 @@ ROOMS = {
     "cli": {"class_paths", "own_modules", "resume", "lightning_cli", "config_errors", "commands", "watching"},
     "lightning_cli": {
         "own_modules",
+        "console",
+        "environment_options",
         "watching",
         "processes",
         "tasks",

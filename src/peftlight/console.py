@@ -3,6 +3,8 @@
 import contextlib
 import io
 import logging
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console, RenderableType
 
 log = logging.getLogger("peftlight")
-_LOGGERS = (
-    "peftlight", "lightning", "lightning.pytorch", "lightning.fabric", "transformers", "bitsandbytes", "py.warnings",
-)  # fmt: skip
-_ALSO_SHOWN = ("peftlight", "bitsandbytes", "py.warnings")
+_PACKAGES = ("peftlight", "lightning", "torch", "transformers", "datasets", "huggingface_hub", "bitsandbytes", "py")
+"""Whose loggers are heard; the last one's hands on Python's warnings."""
+_ALSO_SHOWN = ("peftlight", "py.warnings", "bitsandbytes")
 """Those that have no way to the terminal of their own once a log is open."""
 _TERMINAL = logging.lastResort or logging.StreamHandler()
 
@@ -26,7 +27,7 @@ def say(what: RenderableType) -> None:
     plain = Console(file=io.StringIO(), width=120, **as_it_is)
     plain.print(what)
     text = plain.file.getvalue().rstrip()  # type: ignore[attr-defined]
-    for handler in (each for each in log.handlers if isinstance(each, logging.FileHandler)):
+    for handler in (each for each in log.handlers if isinstance(each, _RunLog | _Kept)):
         handler.emit(logging.LogRecord("peftlight", logging.INFO, "", 0, text, None, None))
 
 
@@ -42,17 +43,67 @@ class _RunLog(logging.FileHandler):
             super().close()
 
 
+class _Kept(logging.Handler):
+    """What was said before a run has its log; of very much, the last lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque(maxlen=1000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@contextlib.contextmanager
+def kept_for_log() -> Iterator[None]:
+    """Keep what peftlight and the libraries say, and all warnings, until `write_log_to` opens a log, which gets it."""
+    kept = _Kept()
+    _listen(kept)
+    try:
+        yield
+    finally:
+        stop_log(kept)
+
+
 def write_log_to(path: Path) -> logging.Handler:
-    """From now on write what peftlight, Lightning, transformers and bitsandbytes say, and all warnings, to `path`."""
+    """From now on write what peftlight and the libraries say, and all warnings, to `path`; first what was kept."""
     handler = _RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for kept in (each for each in log.handlers if isinstance(each, _Kept)):
+        for record in kept.records:
+            handler.handle(record)
+        _forget(kept)
+    _listen(handler)
+    return handler
+
+
+def stop_log(handler: logging.Handler) -> None:
+    """Close what `write_log_to` opened."""
+    logging.captureWarnings(False)
+    _forget(handler)
+    for name in _ALSO_SHOWN:
+        logging.getLogger(name).removeHandler(_TERMINAL)
+    handler.close()
+
+
+def _listen(handler: logging.Handler) -> None:
     logging.captureWarnings(True)
-    for name in _LOGGERS:
-        if not _reaches(logging.getLogger(name), handler):
-            logging.getLogger(name).addHandler(handler)
+    for logger in _loggers():
+        if not _reaches(logger, handler):
+            logger.addHandler(handler)
     for name in _ALSO_SHOWN:
         logging.getLogger(name).addHandler(_TERMINAL)
-    return handler
+
+
+def _forget(handler: logging.Handler) -> None:
+    for logger in _loggers():
+        logger.removeHandler(handler)
+
+
+def _loggers() -> list[logging.Logger]:
+    """Those of the packages, parents first; some hand nothing on to theirs."""
+    known = sorted({*_PACKAGES, *_ALSO_SHOWN, *logging.root.manager.loggerDict})
+    return [logging.getLogger(name) for name in known if name.partition(".")[0] in _PACKAGES]
 
 
 def _reaches(logger: logging.Logger | None, handler: logging.Handler) -> bool:
@@ -62,13 +113,3 @@ def _reaches(logger: logging.Logger | None, handler: logging.Handler) -> bool:
             return True
         logger = logger.parent if logger.propagate else None
     return False
-
-
-def stop_log(handler: logging.Handler) -> None:
-    """Close what `write_log_to` opened."""
-    logging.captureWarnings(False)
-    for name in _LOGGERS:
-        logging.getLogger(name).removeHandler(handler)
-    for name in _ALSO_SHOWN:
-        logging.getLogger(name).removeHandler(_TERMINAL)
-    handler.close()

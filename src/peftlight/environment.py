@@ -11,7 +11,10 @@ _REPORTS = {
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers: has a server convert a pickle, and hands it the user's token
 }
 """What the libraries below tell others without being asked, and the value that stops it."""
-_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_PORT", "SLURM_PROCID")
+_NUMBERS = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID",
+    "SLURM_NODEID", "SLURM_NTASKS", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE",
+)  # fmt: skip
 """Variables of launchers; some are read when Lightning is imported."""
 
 RUN_FOLDER, CHECKPOINT = HANDED_ON = ("PEFTLIGHT_RUN_FOLDER", "PEFTLIGHT_CHECKPOINT")

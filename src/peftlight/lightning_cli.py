@@ -6,11 +6,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -28,14 +29,18 @@ from peftlight.callbacks.metrics_file import MetricsFile
 from peftlight.checkpoint_files import AtomicCheckpoints
 from peftlight.config_errors.dropped import refuse_dropped
 from peftlight.config_errors.explain import explain
+from peftlight.config_errors.given import read_given
 from peftlight.config_errors.of_the_run import explained
 from peftlight.config_errors.trainer_limits import check_limits
+from peftlight.console import kept_for_log, say
 from peftlight.data import DataFamily
 from peftlight.environment import HANDED_ON, RUN_FOLDER, is_first_process
+from peftlight.environment_options import options_of_environment, seeds_put_back
 from peftlight.errors import UserError
 from peftlight.processes.size import check_size
 from peftlight.resume.asked import take_out
 from peftlight.resume.beginning import Beginning
+from peftlight.resume.best_and_last import OF_A_TRAINER, best_or_last
 from peftlight.run_folder import RunFolder, new_run_folder
 from peftlight.tasks import PEFTModule
 from peftlight.tasks.distribution import refuse_other_distribution
@@ -61,10 +66,15 @@ def run(arguments: Sequence[str]) -> None:
     imports, others = own_modules.take_out(arguments)
     own_modules.import_each(imports)
     beginning = Beginning(*take_out(others))
+    options, remarks = options_of_environment(arguments[0], os.environ)
+    beginning.arguments = [arguments[0], *options, *beginning.arguments[1:]]
     before = sys.argv
     sys.argv = [before[0], *arguments]  # where Lightning looks, also to start further processes
     try:
-        PeftlightCLI(beginning)
+        with kept_for_log(), seeds_put_back():
+            for remark in [] if shows_help else remarks:
+                say(remark)
+            PeftlightCLI(beginning)
     except argparse.ArgumentError as error:
         raise UserError(explain(error, beginning.arguments)) from error
     except Exception as error:
@@ -105,7 +115,7 @@ class PeftlightCLI(LightningCLI):
         except BaseException:
             self._leave(nothing_done=self.record is None or not self.record.began)
             raise
-        self._leave(nothing_done=False)
+        self._leave(nothing_done=self.record is not None and self.record.was_trial)
 
     def _leave(self, nothing_done: bool) -> None:
         if self.folder is not None:
@@ -128,7 +138,7 @@ class PeftlightCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """A run that goes on brings its configuration with it, and the command line lies over it."""
-        self.config = parser.parse_args(self.beginning.arguments)
+        self.config = _with_plain_texts(parser.parse_args(self.beginning.arguments))
         refuse_dropped(self.beginning.arguments, yaml.safe_load(self._as_yaml()))
 
     def _parse_ckpt_path(self) -> None:
@@ -141,6 +151,11 @@ class PeftlightCLI(LightningCLI):
                 f"--ckpt_path {path} is the folder of an adapter. Give the run's checkpoint, checkpoints/last.ckpt "
                 "beside it; from Python, peftlight.load_adapter reads the folder."
             )
+        if self.config.subcommand != "fit" and path in OF_A_TRAINER:
+            given, config = read_given(self.beginning.arguments), yaml.safe_load(self._as_yaml())
+            found = str(best_or_last(path, config, given))
+            self.config[self.config.subcommand]["ckpt_path"] = found
+            say(f"{path}: {found}")
         if self.config.subcommand == "fit":
             self.beginning.settle(yaml.safe_load(self._as_yaml()))
             self.config["fit"]["seed_everything"] = self.beginning.seed(self.config["fit"]["seed_everything"])
@@ -220,8 +235,26 @@ def _silence_remarks() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
+    logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").addFilter(
+        lambda record: "`weights_only` was not set" not in record.getMessage()  # our files are never read otherwise
+    )
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+
+
+def _with_plain_texts(config: Any) -> Any:
+    """The configuration with plain texts for what is a kind of text, as defaults of Lightning's are: YAML knows none.
+
+    A namespace is changed in place.
+    """
+    if isinstance(config, Namespace):
+        for key, value in vars(config).items():
+            setattr(config, key, _with_plain_texts(value))
+    elif type(config) is list:
+        return [_with_plain_texts(value) for value in config]
+    elif isinstance(config, str) and isinstance(config, Enum):
+        return str(config.value)
+    return config
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -77,6 +77,30 @@ PROCESSES = [
         environment={"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"},
         alone=True,
     ),
+    row(
+        "a number of processes without a launcher",
+        _FIT,
+        "WORLD_SIZE is 2",
+        "train for itself",
+        "torchrun",
+        "unset WORLD_SIZE",
+        environment={"WORLD_SIZE": "2", "RANK": "0"},
+    ),
+    row(
+        "a machine that there is not",
+        _FIT,
+        "NODE_RANK is 1",
+        "trainer.num_nodes 1",
+        "unset NODE_RANK",
+        environment={"NODE_RANK": "1"},
+    ),
+    row(
+        "a job's rank that is no number",
+        _FIT,
+        "JSM_NAMESPACE_RANK is 'first'",
+        "unset JSM_NAMESPACE_RANK",
+        environment={"JSM_NAMESPACE_RANK": "first"},
+    ),
     row("a number of processes that is none", _FIT, "WORLD_SIZE is 'two'", "unset", environment={"WORLD_SIZE": "two"}),
 ]
 

@@ -14,7 +14,7 @@ from peftlight import Adapter, PEFTStrategy
 from peftlight.callbacks import Guard
 from peftlight.errors import UserError
 from peftlight.strategies import AdaLoRA, LoRA
-from peftlight.tasks import SequenceClassification
+from peftlight.tasks import SequenceClassification, precision
 from recipes import RECIPES
 from tasks.small import (
     QUIET,
@@ -170,3 +170,26 @@ def test_adalora_keeps_its_budget_although_steps_were_skipped(tmp_path: Path) ->
     sites = module.adapter.sites.values()
     assert sum(int(delta.mask.sum()) for delta in sites) == 2 * len(sites)
     assert all(value.isfinite().all() for value in module.adapter.state().values())
+
+
+@pytest.mark.parametrize(("times", "told"), [(14.0, True), (0.4, False)])
+@pytest.mark.parametrize("stage", ["fit", "predict"])
+def test_where_the_cpu_takes_longer_in_16_bits_it_is_said_before_the_first_step(
+    times: float, told: bool, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(precision, "rank_zero_info", said.append)
+    monkeypatch.setattr(precision, "seconds_of_product", lambda dtype: times if dtype == torch.bfloat16 else 1.0)
+    trainer = quiet_trainer(tmp_path, precision="bf16-mixed")
+    getattr(trainer, stage)(module_with(LoRA(rank=2)), loader(batches(ROWS, 4)))
+    assert len(said) == told
+    assert not told or ("14 times as long" in said[0] and "--trainer.precision 32-true" in said[0])
+
+
+def test_how_long_a_product_takes_is_measured() -> None:
+    assert 0 < precision.seconds_of_product(torch.float32) < 10
+
+
+def test_32_bits_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(precision, "seconds_of_product")
+    quiet_trainer(tmp_path).fit(module_with(LoRA(rank=2)), loader(batches(ROWS, 4)))

@@ -157,7 +157,9 @@ def test_every_schedule_moves_an_added_group_in_proportion_to_the_first(tmp_path
     fitted(tmp_path, Unfreeze(lr=None), rates, lr_scheduler=SCHEDULES[name], max_epochs=4)
     assert [len(step) for step in rates.rates] == [1, 1] + [2] * 6
     proportions = [step[1] / step[0] for step in rates.rates[2:] if step[0] > 1e-9]
-    tolerance = 0.3 if name in ("cosine", "one cycle", "restarts") else 1e-6  # these add a least rate that is not scaled
+    tolerance = (
+        0.3 if name in ("cosine", "one cycle", "restarts") else 1e-6
+    )  # these add a least rate that is not scaled
     assert proportions == pytest.approx([0.1] * len(proportions), rel=tolerance)
 
 

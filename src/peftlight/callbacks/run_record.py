@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from peftlight.callbacks.adapter_record import adapter_record
 from peftlight.callbacks.curves import draw_curves
+from peftlight.callbacks.found_values import with_found
 from peftlight.callbacks.metrics_file import NAME as METRICS
 from peftlight.callbacks.metrics_file import go_on, lines_of
 from peftlight.callbacks.stopping import time_was_up
@@ -64,6 +65,8 @@ class RunRecord(TaskCallback):
         self.folder, self.config, self.past, self.allowed = folder, config, past, list(allowed)
         self.began = False
         """Whether a step of training, or of what else was asked for, was begun."""
+        self.was_trial = False
+        """Whether it ended well as a trial of a few batches (fast_dev_run), of which nothing is kept."""
         self._facts: Recorded = {}
         self._owned: list[str] = []
         self.record: dict[str, Any] = {"command": command, "seed": seed, "python": platform.python_version()}
@@ -108,6 +111,7 @@ class RunRecord(TaskCallback):
         if not isinstance(pl_module, PEFTModule):
             return
         assert pl_module.adapter is not None
+        self.config = with_found(self.config, trainer, pl_module)
         self._note_facts(trainer, pl_module)  # in every process: sharded tensors are read together
         if trainer.is_global_zero:
             if pl_module.quantization is not None:
@@ -226,7 +230,9 @@ class RunRecord(TaskCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         values = self._values(trainer)
         if trainer.is_global_zero and self._log is not None:
-            self._finish(trainer, "stopped by max_time" if time_was_up(trainer) else "finished", values)
+            self.was_trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it from outside
+            ended = "a trial went through" if self.was_trial else "finished"
+            self._finish(trainer, "stopped by max_time" if time_was_up(trainer) else ended, values)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         together = trainer.world_size == 1 or isinstance(exception, StoppedTogether)
@@ -281,7 +287,10 @@ class RunRecord(TaskCallback):
         if trainer.state.fn == "fit" and not self._untouched:
             self._describe()
         self._write(state)
-        if self.began:
+        if self.was_trial:
+            say(f"a trial of at most {trainer.fast_dev_run} batches of each kind (fast_dev_run) went through: "  # type: ignore[attr-defined]
+                "no adapter and no checkpoint was saved")  # fmt: skip
+        elif self.began:
             say(f"{state}; run folder: {self.folder}")
         stop_log(self._log)
         self._log = None

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftlight.data.tokenizer import is_model_source
 from peftlight.errors import UserError
 
 Transform = Callable[[Any], Tensor]
@@ -56,7 +57,7 @@ def load_transform(given: Any, size: int | None, mean: list[float] | None, std: 
         return _plain(given, size, mean, std)
     if given is None:
         given = _of_model(module)
-    return Processed(_by_name(given) if isinstance(given, str) else given)
+    return Processed(_by_name(given, module) if isinstance(given, str) else given)
 
 
 def _plain(given: Any, size: int | None, mean: list[float] | None, std: list[float] | None) -> Plain:
@@ -86,9 +87,11 @@ def _of_model(module: Any) -> Any:
     return module.load_image_processor()
 
 
-def _by_name(name: str) -> Any:
+def _by_name(name: str, module: Any) -> Any:
     from transformers import AutoImageProcessor
 
+    if is_model_source(name) and hasattr(module, "load_image_processor"):
+        return module.load_image_processor(name)
     try:
         return AutoImageProcessor.from_pretrained(name, backend="pil")
     except Exception as error:  # transformers raises many unrelated kinds

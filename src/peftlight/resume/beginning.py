@@ -13,6 +13,7 @@ from peftlight.console import say
 from peftlight.environment import CHECKPOINT, is_first_process
 from peftlight.errors import UserError, listed
 from peftlight.resume.asked import Asked
+from peftlight.resume.best_and_last import OF_A_TRAINER
 from peftlight.resume.changes import Change, allowed_among, differences, refuse
 from peftlight.resume.continuation import Continuation
 from peftlight.resume.init_adapter import InitialAdapter
@@ -20,8 +21,6 @@ from peftlight.resume.past import Past, check_unfinished, newest_unfinished, ope
 from peftlight.resume.remembered import covered, remembered
 
 _NOTHING = (None, "", "null", "~")
-_OF_A_SESSION = ("best", "last", "hpc")
-"""What Lightning takes for a checkpoint of the trainer's own past."""
 
 
 class Beginning:
@@ -133,7 +132,7 @@ class Beginning:
 
 def _begun_from(checkpoint: str) -> Past:
     """A checkpoint from which a new run begins."""
-    if checkpoint in _OF_A_SESSION:
+    if checkpoint in OF_A_TRAINER:
         raise UserError(f"--ckpt_path {checkpoint} names no file, and a new run has no checkpoints yet. To go on with "
                         "a run: --resume RUN")  # fmt: skip
     return dataclasses.replace(open_past(checkpoint), folder=None)

@@ -159,7 +159,7 @@ def newest_unfinished(root: Path, config: Mapping[str, Any], allowed: Sequence[s
     Raises:
         UserError: there is none.
     """
-    runs = sorted(_runs(root), key=lambda run: str(run[1].get("started")), reverse=True)
+    runs = sorted(training_runs(root), key=lambda run: str(run[1].get("started")), reverse=True)
     differ = {folder: _first_difference(folder, config, allowed) for folder, _ in runs}
     same = [(folder, run) for folder, run in runs if differ[folder] is None]
     for folder, run in same:
@@ -181,7 +181,8 @@ def _shown_state(run: Mapping[str, Any]) -> str:
     return "running or killed" if state == "running" else state  # who is killed can write no other
 
 
-def _runs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def training_runs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folders under `root` of what `fit` did, with what their run.json says."""
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         run = read_run(folder)
         if run.get("command", [""])[:1] == ["fit"] and (folder / CONFIG).is_file():

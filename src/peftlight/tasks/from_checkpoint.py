@@ -28,7 +28,7 @@ class FromCheckpoint:
 
     @_restricted_classmethod
     def load_from_checkpoint(
-        cls: type[Task],  # noqa: N805
+        cls: type[Task],
         checkpoint_path: str | Path,
         map_location: str | torch.device | None = None,
         hparams_file: str | Path | None = None,

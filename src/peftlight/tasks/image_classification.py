@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from peftlight.errors import UserError
+from peftlight.pretrained import Source
 from peftlight.tasks.classifier import Classifier
 
 
@@ -14,8 +15,10 @@ class ImageClassification(Classifier):
 
     auto_class = "AutoModelForImageClassification"
 
-    def load_image_processor(self) -> Any:
-        """The base model's own image processor."""
+    def load_image_processor(self, name: str | None = None) -> Any:
+        """The base model's own image processor, or that of another model, as `load_tokenizer` takes them."""
+        if name is not None:
+            return Source(name).load_image_processor()
         if self.source is None:
             raise UserError(
                 "The base model was given as an object, so its image processor is unknown: set data.image_processor, "

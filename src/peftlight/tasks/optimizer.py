@@ -14,6 +14,7 @@ from peftlight.errors import UserError
 from peftlight.strategy import Adapter
 from peftlight.tasks.planned_steps import planned_steps
 from peftlight.tasks.schedule import LinearWarmup, steps_of
+from peftlight.tasks.search import check_taken, with_rate
 
 if TYPE_CHECKING:
     from peftlight.tasks.base import PEFTModule
@@ -34,10 +35,13 @@ def optimizer_and_schedule(module: "PEFTModule") -> OptimizerLRScheduler:
     """
     assert module.adapter is not None
     try:
-        optimizer = new_optimizer(module.optimizer, module.parameters(), module.adapter)
+        make = with_rate(module.optimizer, module.learning_rate)
+        optimizer = new_optimizer(make, module.parameters(), module.adapter)
+        rates = [group["lr"] for group in optimizer.param_groups]
         scheduler = module.lr_scheduler(optimizer)
     except (ValueError, TypeError) as error:
         raise UserError(f"The optimizer or the lr_scheduler refuses its settings: {error}") from error
+    check_taken(optimizer, rates, scheduler, module.learning_rate)
     if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
         # The schedule is planned over all steps, those that the scaler skips too; torch takes it for a slip.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")

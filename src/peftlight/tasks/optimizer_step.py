@@ -92,7 +92,8 @@ class OptimizerStep:
         rate = float(optimizer.param_groups[0]["lr"])
         self._steps += 1
         self._highest = max(self._highest, *(float(group["lr"]) for group in optimizer.param_groups))
-        module.guard.judge(module, rate, closed.loss, closed.labels, gradient * closed.factor, of_penalty)
+        if not module.search.on:  # which tries rates that are too high
+            module.guard.judge(module, rate, closed.loss, closed.labels, gradient * closed.factor, of_penalty)
         if penalty is not None:
             _add(parameters, added)
             module.log("train_penalty", penalty.detach())

@@ -33,6 +33,7 @@ class TrainingState:
         self._random: dict[str, Any] = {}
         self._set_aside: dict[str, Any] | None = None
         self._epoch: dict[str, Any] | None = None
+        self._first: dict[str, Any] = {}
         self._past: dict[str, Any] | None = None
         self._progress: loop_progress.Progress | None = None
 
@@ -41,7 +42,14 @@ class TrainingState:
         trainer = self._module.trainer
         before = random_state.taken()
         trainer.fit_loop.setup_data()
-        self._epoch = loader_position.first_state(trainer, before)
+        self._epoch = self._first = loader_position.first_state(trainer, before)
+
+    def unload_data(self) -> None:
+        """Have `load_data` make all loaders anew, with the random numbers with which it made these."""
+        trainer = self._module.trainer
+        loader_position.set_generators(trainer, self._first["generators"])
+        random_state.put_back(self._first["random"])
+        trainer.fit_loop._combined_loader = trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put it into a checkpoint from which a training can go on; every process has to call it."""
