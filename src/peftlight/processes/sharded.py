@@ -14,11 +14,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.optim import Optimizer
 
 from peftlight.errors import UserError
-from peftlight.tasks.averaging import average_gradients
 from peftlight.processes.units import indivisible, units_of
 from peftlight.shards import is_sharded, sharded_like, whole
 from peftlight.strategy import Adapter
 from peftlight.tasks import PEFTModule
+from peftlight.tasks.averaging import average_gradients
 
 
 class FSDP2Strategy(ModelParallelStrategy):

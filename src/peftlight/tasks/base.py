@@ -23,9 +23,9 @@ from peftlight.quantization import Quantization
 from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
-from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.added_groups import follow
 from peftlight.tasks.copies import copied
+from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.early_base import load_base_early
 from peftlight.tasks.ending import Ending, Validated
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
@@ -350,7 +350,7 @@ class PEFTModule(LightningModule):
         self.adapter.load_state(state, "the checkpoint")
         return _IncompatibleKeys([], [])
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **options: Any) -> Any:
         """What is trained, in the whole module's names; the frozen base is loaded from where it came."""
         found: dict[str, Any] = super().state_dict(*args, **options)
         if self.adapter is not None:
