@@ -132,8 +132,8 @@ class Liveness:
         changed = sorted(name for name, value in self._base.items() if base.get(name) != value)
         if changed:
             raise UserError(
-                f"The frozen base changed while it was trained: {listed(changed)}. An adapter holds what trains alone, and "
-                "on the base as it was it would compute something else."
+                f"The frozen base changed while it was trained: {listed(changed)}. An adapter holds what trains alone, "
+                "and on the base as it was it would compute something else."
             )
         now = _checksums(self.adapter.parameters().items())
         trained = [Trained(name, name in self._had_gradient, now.get(name) != old) for name, old in self._start.items()]

@@ -242,3 +242,12 @@ def test_a_signal_to_one_of_several_processes_ends_all_at_the_same_step(
     checkpoint = read_checkpoint(found["run"] / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == found["steps"] == step
     assert checkpoint["callbacks"]["Hold"] == {"batches": step}, "the user's callback had its turn"
+
+
+def test_a_time_limit_within_a_validation_lets_it_come_to_its_end_which_is_the_last(
+    tmp_path: Path, an_hour_passes: Callable[[], None]
+) -> None:
+    whole = fit(tmp_path / "whole")
+    ended = fit(tmp_path, At(5, an_hour_passes, validation=True), max_time={"hours": 1})
+    assert [event for event in ended.events if event[0] == "validation"] == [("validation", 5)]
+    assert_goes_on(tmp_path, whole, max_time={"hours": 2})

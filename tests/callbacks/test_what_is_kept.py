@@ -228,7 +228,7 @@ class Spoils(Callback):
 
 def test_what_fails_the_audit_is_saved_aside_and_loads_as_the_error_says(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(UserError, match="frozen base changed .*What was trained is not lost") as failed:
+    with pytest.raises(UserError, match=r"frozen base changed .*What was trained is not lost") as failed:
         kept(folder, [Spoils()])
     assert f"in {folder / 'adapter-unverified'}, and not in adapter/" in str(failed.value)
     assert "load_adapter(base, folder, other_base=True)" in str(failed.value)

@@ -40,6 +40,7 @@ class Quantize(TaskCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, PEFTModule):
             raise UserError(f"Quantize needs a task of peftlight; {type(pl_module).__name__} is none.")
+        self.before_base(trainer, pl_module)
 
     def before_base(self, trainer: Trainer, module: PEFTModule) -> None:
         _refuse_others(trainer)

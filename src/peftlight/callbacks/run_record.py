@@ -157,7 +157,7 @@ class RunRecord(TaskCallback):
         if not isinstance(pl_module, PEFTModule):
             return
         assert pl_module.adapter is not None
-        if pl_module.adapter.trained != self._owned:  # a callback has unfrozen a part of the base
+        if self._facts and pl_module.adapter.trained != self._owned:  # a callback has unfrozen a part of the base
             self._note_facts(trainer, pl_module)
         # In every process: sharded tensors and the metrics of an epoch are read together.
         lines, values = lines_of(trainer, pl_module), self._values(trainer)

@@ -33,9 +33,10 @@ class Stopping(TaskCallback):
     SIGTERM, Ctrl-C, SIGUSR1 and the signal by which SLURM announces its limit end the program with 128 and their number
     as exit code, at once: nothing is validated, and no adapter saved. `Trainer(max_time=...)` ends the fit, which is
     validated and saved as at any end; a validation under way comes to its end first. So it does for a signal where a
-    callback has exchanged the weights for it: a checkpoint would hold the wrong ones. A signal to any process ends all of them at the same step: they
-    exchange a number at each and learn of it at the next, so that none has to wait. A second Ctrl-C ends at once, and
-    so does every signal before the training.
+    callback has exchanged the weights for it: a checkpoint would hold the wrong ones.
+
+    A signal to any process ends all of them at the same step: they exchange a number at each and learn of it at the
+    next, so that none has to wait. A second Ctrl-C ends at once, and so does every signal before the training.
     """
 
     def __init__(self) -> None:
@@ -144,6 +145,8 @@ class Stopping(TaskCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._training and self._put_off:
+            if isinstance(pl_module, PEFTModule):
+                pl_module.ending.validation_ends()  # else it would be done once more
             self._end(trainer, self._put_off)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

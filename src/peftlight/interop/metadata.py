@@ -70,7 +70,7 @@ class Record:
     label_names: list[str] | None = None
     data: DataRecord | None = None
     metrics: dict[str, float | None] | None = None
-    """As last logged when the training ended; None where one was not a finite number."""
+    """Those of the adapter itself, as last logged; None where one was not a finite number."""
     steps: int | None = None
     seed: int | None = None
     strategy: StrategySpec | None = None

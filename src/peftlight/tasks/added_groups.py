@@ -1,10 +1,19 @@
 """Groups of parameters that come to an optimizer in mid-run, and the schedules that were made before them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 _RATES = ("base_lrs", "max_lrs")
 _OTHERS = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
 """Lists with a value for each group, by the names that torch's schedules give them."""
+
+
+def share_of_rate(group: Mapping[str, Any], first: Mapping[str, Any]) -> float:
+    """What the group's learning rate is to the first group's, at a moment when that is 0 too."""
+    if first["lr"]:
+        return float(group["lr"] / first["lr"])
+    at_start = first.get("initial_lr", 0.0)
+    return float(group.get("initial_lr", group["lr"]) / at_start) if at_start else 1.0
 
 
 def follow(scheduler: Any) -> None:
@@ -18,8 +27,7 @@ def follow(scheduler: Any) -> None:
     per_group = [value for name in (*_RATES, *_OTHERS) if isinstance(value := getattr(scheduler, name, None), list)]
     first, groups = scheduler.optimizer.param_groups[0], scheduler.optimizer.param_groups
     for group in groups[min(map(len, per_group), default=len(groups)) :]:
-        now = first["lr"] or getattr(scheduler, "base_lrs", [0.0])[0]
-        share = group["lr"] / now if now else 1.0
+        share = share_of_rate(group, first)
         for key in first.keys() - group.keys():
             group[key] = first[key] * share if key.endswith("lr") else first[key]
         for name in (*_RATES, *_OTHERS):

@@ -428,7 +428,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
         self.adapter.load_state(state, "the checkpoint")
         return _IncompatibleKeys([], [])
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **options: Any) -> Any:
         """What is trained, in the whole module's names; the frozen base is loaded from where it came."""
         found: dict[str, Any] = super().state_dict(*args, **options)
         if self.adapter is not None:

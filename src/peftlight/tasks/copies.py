@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StandIn(Tensor):
-    """Stands for a frozen tensor, with its device and format; what is computed with it or written into it is dropped."""
+    """Stands for a frozen tensor, with its device and format; what is computed with it or written into it is lost."""
 
     @classmethod
     def __torch_function__(

@@ -64,11 +64,13 @@ class Ending:
             self._measured = self._checksum()
             self.exchanged = self._before not in (None, self._measured)
 
-    def validation_ends(self, metrics: list[str]) -> None:
-        """Count the validation as done."""
+    def validation_ends(self) -> None:
+        """Count the validation as done; within an `on_validation_end`."""
         self.exchanged = False
         if self._measured is not None:
-            self.last = Validation(state=self._measured, metrics=metrics)
+            # Private, but Lightning tells nowhere else what this validation alone has logged.
+            logged = self._module.trainer._logger_connector.metrics["callback"]
+            self.last = Validation(state=self._measured, metrics=sorted(logged))
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Say in a checkpoint what was validated."""
@@ -182,8 +184,7 @@ class Validated(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _counts(trainer):
-            # Private, but Lightning tells nowhere else what this validation alone has logged.
-            self._ending.validation_ends(sorted(trainer._logger_connector.metrics["callback"]))
+            self._ending.validation_ends()
 
 
 def _counts(trainer: Trainer) -> bool:

@@ -1,4 +1,4 @@
-"""Parts of the base that a callback unfreezes in mid-run: the adapter owns them from then on, and a resume knows them."""
+"""What a callback unfreezes in mid-run: the adapter owns it from then on, and a resume knows it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from peftlight.errors import UserError, listed
 from peftlight.linear import is_quantized
 from peftlight.shards import is_sharded
 from peftlight.tasks.adapted_base import check_precision
-from peftlight.tasks.added_groups import follow
+from peftlight.tasks.added_groups import follow, share_of_rate
 from peftlight.tasks.averaging import average_gradients
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class Unfreezing:
     """Follows what requires a gradient, step by step.
 
     A checkpoint has under "unfrozen", once it is another than at the start: `owned`, what of the base the adapter got
-    to own; `groups`, the names in each group that the optimizer got; and `trains`, all that requires a gradient.
+    to own; `groups`, of each group that the optimizer got the names in it and its share of the first one's rate; and
+    `trains`, all that requires a gradient.
     """
 
     def __init__(self, module: "PEFTModule") -> None:
@@ -79,8 +80,10 @@ class Unfreezing:
             raise UserError(f"{listed(names, 3)} were unfrozen after a callback had copied the task, to average its "
                             "weights: the average would lack them. Leave one of the two callbacks out.")  # fmt: skip
         if packed := [name for name in names if is_quantized(adapter.model.get_submodule(name.rpartition(".")[0]))]:
-            raise UserError(f"{listed(packed, 3)} were unfrozen, but their layers are quantized, so that they stay as "
-                            "they are. Keep the layers out of the quantization (keep), or leave them frozen.")  # fmt: skip
+            raise UserError(
+                f"{listed(packed, 3)} were unfrozen, but their layers are quantized, so that they stay as they are. "
+                "Keep the layers out of the quantization (keep), or leave them frozen."
+            )
         adapter.train_also(names)
         self._owned += names
         check_precision(module, adapter)
@@ -121,7 +124,7 @@ class Unfreezing:
     @contextmanager
     def as_at_start(self) -> Iterator[None]:
         """Within the block only that requires a gradient with which the training began, for its optimizer."""
-        late = [self._named()[name] for names in self._past.get("groups", ()) for name in names]
+        late = [self._named()[name] for group in self._past.get("groups", ()) for name in group["names"]]
         for parameter in late:
             parameter.requires_grad_(False)
         yield
@@ -134,8 +137,9 @@ class Unfreezing:
         self._groups_at_start = len(optimizer.param_groups)
         self._resumed = None
         named = self._named()
-        for names in self._past.get("groups", ()):
-            optimizer.add_param_group({"params": [named[name] for name in names]})
+        for group in self._past.get("groups", ()):
+            rate = optimizer.param_groups[0]["lr"] * group["share"]
+            optimizer.add_param_group({"params": [named[name] for name in group["names"]], "lr": rate})
         if "lr_scheduler" in made:
             follow(made["lr_scheduler"]["scheduler"])
         self._groups_seen = len(optimizer.param_groups)
@@ -172,19 +176,19 @@ class Unfreezing:
         if lost := [name for name in past["owned"] if name not in named]:
             raise UserError(f"The checkpoint is of a training that unfroze {listed(lost)}, which this base has not.")
         self._take([name for name in past["owned"] if name not in own])
-        for names in past["groups"]:
-            for name in names:
-                named[name].requires_grad_(True)
+        for name in [name for group in past["groups"] for name in group["names"]]:
+            named[name].requires_grad_(True)
         if self._module._trainer and self._module.trainer.state.fn == TrainerFn.FITTING:
             self._past = past
 
-    def _added_groups(self) -> list[list[str]]:
+    def _added_groups(self) -> list[dict[str, Any]]:
         optimizers = self._module.trainer.optimizers
         if self._groups_at_start is None or not optimizers:
             return []
         names = {parameter: name for name, parameter in self._named().items()}
-        added = optimizers[0].param_groups[self._groups_at_start :]
-        return [[names[parameter] for parameter in group["params"]] for group in added]
+        first, *others = optimizers[0].param_groups
+        return [{"names": [names[parameter] for parameter in group["params"]], "share": share_of_rate(group, first)}
+                for group in others[self._groups_at_start - 1 :]]  # fmt: skip
 
     def _named(self) -> dict[str, nn.Parameter]:
         assert self._module.adapter is not None
