@@ -25,6 +25,7 @@ from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.once import Once
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule, plan_by_steps
 from peftlight.tasks.optimizer_step import OptimizerStep
+from peftlight.tasks.parameter_groups import GroupOptions
 from peftlight.tasks.planned_steps import accumulation, planned_steps
 from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.row_length import longest_row
@@ -57,6 +58,8 @@ class PEFTModule(LightningModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
+        learning_rates: dict[str, float] | None = None,
+        decay_norms_and_biases: bool = True,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = LinearWarmup,
     ) -> None:
@@ -69,6 +72,8 @@ class PEFTModule(LightningModule):
             revision: branch, tag or commit of the hub repository.
             trust_remote_code: whether Python code of the hub repository may run.
             gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+            learning_rates: rates of some parameters in place of the optimizer's, by parts of their names.
+            decay_norms_and_biases: whether the optimizer's weight decay acts on normalisations and biases too.
             optimizer: makes the optimizer from the trained parameters.
             lr_scheduler: makes the learning-rate schedule from the optimizer; it moves at each optimizer step.
         """
@@ -79,6 +84,7 @@ class PEFTModule(LightningModule):
         self.trained_modules, self.dtype_of_base = trained_modules, dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.group_options = GroupOptions(learning_rates or {}, decay_norms_and_biases)
         self.quantization: Quantization | None = None
         self.adapter_dtype: AdapterDtype = "float32"
         self.adapter: Adapter | None = None
@@ -381,4 +387,6 @@ class PEFTModule(LightningModule):
             "revision": source.revision if source else None,
             "trust_remote_code": source.trust_remote_code if source else False,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "learning_rates": dict(self.group_options.learning_rates) or None,
+            "decay_norms_and_biases": self.group_options.decay_norms_and_biases,
         }
