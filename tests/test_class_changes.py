@@ -140,7 +140,10 @@ def test_other_data_over_a_files_data_says_what_it_takes(parsed: Parsed) -> None
 def test_what_another_class_cannot_take_is_said_too(parsed: Parsed) -> None:
     config, (said,) = parsed.config("--config=adamw.yaml", *TASK, "--optimizer=own.Listed")
     assert config["optimizer"]["init_args"] == {"lr": 0.1, "weight_decay": [0.1, 0.2]}
-    assert "optimizer.weight_decay 0.5 (adamw.yaml:5, for AdamW; now Listed, which does not take it: left at [0.1, " in said
+    assert (
+        "optimizer.weight_decay 0.5 (adamw.yaml:5, for AdamW; now Listed, which does not take it: left at [0.1, "
+        in said
+    )
     config, (said,) = parsed.config(f"--config={CONFIGS / 'lora.yaml'}", "--model.strategy=own.Fixed")
     assert config["model"]["init_args"]["strategy"]["init_args"]["dropout"] is False
     assert "model.strategy.dropout 0.1" in said

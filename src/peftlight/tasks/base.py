@@ -25,8 +25,8 @@ from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.once import Once
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule, plan_by_steps
 from peftlight.tasks.optimizer_step import OptimizerStep
-from peftlight.tasks.parameter_groups import GroupOptions
-from peftlight.tasks.planned_steps import accumulation, planned_steps
+from peftlight.tasks.parameter_groups import GroupOptions, names_in_groups, refuse_other_groups
+from peftlight.tasks.planned_steps import accumulation, known_steps, planned_steps
 from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.schedule import LinearWarmup
@@ -100,6 +100,8 @@ class PEFTModule(LightningModule):
         """What may differ from the training that a checkpoint is of, by name: "processes"."""
         self.goes_on = False
         """Whether a checkpoint is to come, which the trainer does not say yet when the model is made."""
+        self.saved_groups: list[list[str]] | None = None
+        """The names of the parameters in the optimizer's groups, of the checkpoint that is gone on with."""
         self.guard = Guard()
         self._last_step = 0
         self._prepared = False
@@ -208,6 +210,8 @@ class PEFTModule(LightningModule):
     def on_fit_start(self) -> None:
         """What has to be right before the first step, and what is counted from it on."""
         assert self.adapter is not None
+        refuse_other_groups(self, self.saved_groups)
+        self.saved_groups = None
         put_in_train_mode(self.adapter)
         self._step.start(self.adapter)
         self.verdict = None
@@ -322,32 +326,21 @@ class PEFTModule(LightningModule):
         Raises:
             UserError: it is not known.
         """
-        steps = planned_steps(self.trainer)
-        if steps is not None and steps != float("inf"):
-            return int(steps)
         plans = any(self.strategy.uses(hook) for hook in ("check_steps", "after_step"))
-        who = f"but {type(self.strategy).__name__ if plans else 'LinearWarmup'} plans by it"
-        other = "." if plans else ", or choose another --lr_scheduler, such as ConstantLR."
-        if steps is None:
-            raise UserError(
-                f"The number of steps is not known, {who}: the training data has no length (its loader or data set has "
-                "no __len__), so it is not known how many batches an epoch of --trainer.max_epochs has. Set "
-                "--trainer.max_steps, or --trainer.limit_train_batches to a whole number of batches in an epoch"
-                f"{other}"
-            )
-        raise UserError(
-            f"The number of steps is not known, {who}: set --trainer.max_epochs or --trainer.max_steps{other}"
-        )
+        return known_steps(self.trainer, type(self.strategy).__name__ if plans else None)
 
     # ---- what is saved
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
         keep_trained(self, checkpoint)
+        if checkpoint.get("optimizer_states"):
+            checkpoint["parameter_groups"] = names_in_groups(self, self.trainer.optimizers)
         self._state.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._state.load(checkpoint)
+        self.saved_groups = checkpoint.get("parameter_groups")
         warn_of_other_base(self, checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
@@ -90,6 +91,27 @@ def treat(optimizer: Optimizer) -> Optimizer:
         if not treatment.decays and "weight_decay" in group:
             group["weight_decay"] = 0.0
     return optimizer
+
+
+def names_in_groups(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[list[str]]:
+    """The parameters of each group by their names: a checkpoint keeps the optimizer's state in this order."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [[names.get(id(parameter), "") for parameter in group["params"]] for group in groups]
+
+
+def refuse_other_groups(module: LightningModule, then: list[list[str]] | None) -> None:
+    """See that a checkpoint has the groups that there are; torch would give a parameter the state of another one.
+
+    Raises:
+        UserError: they are not as they were.
+    """
+    if then is not None and then != names_in_groups(module, module.trainer.optimizers):
+        raise UserError(
+            "The optimizer has other groups of parameters here than in the checkpoint, so that its state does not fit "
+            "them: the strategy's options, model.learning_rates or model.decay_norms_and_biases are not as they were. "
+            "Give them as they were, or begin a new run."
+        )
 
 
 def is_plain(groups: list[dict[str, Any]]) -> bool:
