@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from peftlight import own_modules
 from peftlight.callbacks import Checkpoints, FirstSteps, PredictionWriter, Progress, RunRecord, Stopping
 from peftlight.callbacks.metrics_file import MetricsFile
 from peftlight.checkpoint_files import AtomicCheckpoints
+from peftlight.class_changes import ClassChanges
 from peftlight.config_errors.dropped import refuse_dropped
 from peftlight.config_errors.explain import explain
 from peftlight.config_errors.given import read_given
@@ -36,7 +37,7 @@ from peftlight.console import kept_for_log, say
 from peftlight.data import DataFamily
 from peftlight.environment import HANDED_ON, RUN_FOLDER, is_first_process
 from peftlight.environment_options import options_of_environment, seeds_put_back
-from peftlight.errors import UserError
+from peftlight.errors import UserError, listed
 from peftlight.processes.size import check_size
 from peftlight.resume.asked import take_out
 from peftlight.resume.beginning import Beginning
@@ -48,10 +49,11 @@ from peftlight.tasks.optimizer import DEFAULT_LEARNING_RATE
 from peftlight.tasks.precision import default_precision
 from peftlight.watching import Watch
 
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": DEFAULT_LEARNING_RATE}},
     "lr_scheduler": {"class_path": "peftlight.tasks.LinearWarmup"},
 }
+"""The class in a place where none is chosen; what is set for it here is no default of another one."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -98,6 +100,8 @@ class PeftlightCLI(LightningCLI):
         self.beginning = beginning
         self.folder: RunFolder | None = None
         self.record: RunRecord | None = None
+        self.remarks: list[str] = []
+        """What is said of the configuration at the start."""
         strict = {"exit_on_error": False, "allow_abbrev": False}
         try:
             super().__init__(
@@ -132,14 +136,25 @@ class PeftlightCLI(LightningCLI):
             ("optimizer", (Optimizer,), {"params"}),
             ("lr_scheduler", schedulers, {"optimizer"}),
         ):
-            parser.add_subclass_arguments(classes, name, required=False, instantiate=False, skip=skip)
+            parser.add_subclass_arguments(
+                classes, name, required=False, instantiate=False, skip=skip, fail_untyped=False
+            )
             parser.link_arguments(name, f"model.init_args.{name}")
-        parser.set_defaults(_DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """A run that goes on brings its configuration with it, and the command line lies over it."""
-        self.config = _with_plain_texts(parser.parse_args(self.beginning.arguments))
-        refuse_dropped(self.beginning.arguments, yaml.safe_load(self._as_yaml()))
+        command, *options = self.beginning.arguments
+        changes = ClassChanges(command, read_given(self.beginning.arguments), _DEFAULTS)
+        self.config = _with_plain_texts(parser.parse_args([command, *changes.by_default(), *options]))
+        plain = yaml.safe_load(self._as_yaml())
+        refuse_dropped(self.beginning.arguments, plain)
+        taken = changes.taken(plain)
+        for one in taken:
+            if one.fate != "kept":
+                for place in _places_of(one.path):
+                    self.config[f"{command}.{place}"] = one.default
+        said = listed([str(one) for one in taken if one.fate != "default"], len(taken))
+        self.remarks = [f"taken over from another class: {said}"] if said else []
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lays the checkpoint's hyperparameters over the command line here; the command line must win."""
@@ -197,7 +212,8 @@ class PeftlightCLI(LightningCLI):
 
     def _callbacks(self, folder: Path, config: Any) -> list[Callback]:
         text, seed = self._as_yaml(), self._get(self.config, "seed_everything")
-        self.record = RunRecord(folder, text, sys.argv[1:], seed, self.beginning.past, self.beginning.allowed)
+        past, allowed = self.beginning.past, self.beginning.allowed
+        self.record = RunRecord(folder, text, sys.argv[1:], seed, past, allowed, self.remarks)
         watch = Watch()
         watch.at_end = lambda error: self._leave(nothing_done=True)  # until the record is there to tell of it
         begins = self.beginning.callbacks(text)
@@ -228,6 +244,14 @@ class PeftlightCLI(LightningCLI):
         self.folder = RunFolder(going_on) if going_on else new_run_folder(root, f"{self.subcommand}-{strategy}")
         os.environ[RUN_FOLDER] = str(self.folder.path)
         return self.folder.path
+
+
+def _places_of(path: Sequence[str]) -> Iterator[str]:
+    """Where a key under a class stands in the configuration; what is linked into the task stands there too."""
+    key = ".init_args.".join(path)
+    yield key
+    if path[0] in _DEFAULTS:
+        yield f"model.init_args.{key}"
 
 
 def _silence_remarks() -> None:

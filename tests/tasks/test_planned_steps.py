@@ -158,7 +158,7 @@ def test_a_plan_of_the_users_that_is_too_short_is_refused(schedule: Any, tmp_pat
     [
         ({"optimizer": partial(torch.optim.SGD, lr=0.0)}, "The learning rate is 0: set --optimizer.lr"),
         ({"lr_scheduler": lambda optimizer: LambdaLR(optimizer, lambda step: 0.0)}, "was 0 in every step, by LambdaLR"),
-        ({"optimizer": partial(torch.optim.SGD, lr=1e-30), "strategy": "stirred"}, "was 1e-30 at most, too low"),
+        ({"optimizer": partial(torch.optim.SGD, lr=1e-30), "strategy": "stirred"}, "was 1e-30 at most: too low"),
     ],
 )
 def test_a_training_that_moves_nothing_is_an_error(options: dict[str, Any], told: str, tmp_path: Path) -> None:

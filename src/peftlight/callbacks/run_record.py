@@ -52,6 +52,7 @@ class RunRecord(TaskCallback):
         seed: int | None,
         past: Past | None = None,
         allowed: Sequence[str] = (),
+        remarks: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -61,8 +62,10 @@ class RunRecord(TaskCallback):
             seed: the seed of all random numbers.
             past: what is gone on with, in this folder or from elsewhere.
             allowed: names of what may differ from it.
+            remarks: what is said of the configuration at the start.
         """
         self.folder, self.config, self.past, self.allowed = folder, config, past, list(allowed)
+        self._remarks = list(remarks)
         self.began = False
         """Whether a step of training, or of what else was asked for, was begun."""
         self.was_trial = False
@@ -88,6 +91,8 @@ class RunRecord(TaskCallback):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = write_log_to(self.folder / "log.txt")
+        for remark in self._remarks:
+            say(remark)
         if self.past is not None:
             self._continue(self.past)
         if not self._untouched:

@@ -98,8 +98,12 @@ class Places:
         return [kind] if kind else list(known.values())
 
     def known(self, path: Path) -> dict[str, type]:
-        """The classes that can be chosen at `path`, by their short names."""
-        return {kind.__name__: kind for base in bases(self.annotation(path)) for kind in _subclasses(base)}
+        """The classes that can be chosen at `path`, by their short names; of several with one name the first."""
+        found: dict[str, type] = {}
+        for base in bases(self.annotation(path)):
+            for kind in _subclasses(base):
+                found.setdefault(kind.__name__, kind)
+        return found
 
     def beside(self, path: Path) -> list[Given]:
         """What stands on the level of the class path at `path`."""

@@ -90,7 +90,8 @@ class Continuation(Callback):
         """Leave out what would write over the changes."""
         keys = [change.key for change in self.changes]
         if "optimizer" in keys:
-            checkpoint["optimizer_states"] = []
+            assert isinstance(pl_module, PEFTModule)
+            checkpoint["optimizer_states"], pl_module.saved_groups = [], None
         self._sizes = [
             len(group["params"]) for state in checkpoint["optimizer_states"] for group in state["param_groups"]
         ]

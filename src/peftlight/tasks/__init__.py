@@ -3,6 +3,7 @@
 from peftlight.tasks.base import PEFTModule
 from peftlight.tasks.causal_lm import CausalLM
 from peftlight.tasks.image_classification import ImageClassification
+from peftlight.tasks.muon import MuonAndAdamW
 from peftlight.tasks.schedule import LinearWarmup
 from peftlight.tasks.seq2seq import Seq2Seq
 from peftlight.tasks.sequence_classification import SequenceClassification
@@ -13,6 +14,7 @@ __all__ = [
     "CausalLM",
     "ImageClassification",
     "LinearWarmup",
+    "MuonAndAdamW",
     "PEFTModule",
     "Seq2Seq",
     "SequenceClassification",

@@ -33,7 +33,8 @@ from peftlight.tasks.from_checkpoint import FromCheckpoint
 from peftlight.tasks.once import Once
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule, plan_by_steps
 from peftlight.tasks.optimizer_step import OptimizerStep
-from peftlight.tasks.planned_steps import accumulation, planned_steps
+from peftlight.tasks.parameter_groups import GroupOptions, names_in_groups, refuse_other_groups
+from peftlight.tasks.planned_steps import accumulation, known_steps, planned_steps
 from peftlight.tasks.precision import tell_of_slow_precision
 from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.refused_callbacks import refuse_callbacks
@@ -70,6 +71,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
+        learning_rates: dict[str, float] | None = None,
+        decay_norms_and_biases: bool = True,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable = LinearWarmup,
     ) -> None:
@@ -82,6 +85,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
             revision: branch, tag or commit of the hub repository.
             trust_remote_code: whether Python code of the hub repository may run.
             gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+            learning_rates: rates of some parameters in place of the optimizer's, by parts of their names.
+            decay_norms_and_biases: whether the optimizer's weight decay acts on normalisations and biases too.
             optimizer: makes the optimizer from the trained parameters.
             lr_scheduler: makes the learning-rate schedule from the optimizer; it moves at each optimizer step.
         """
@@ -95,6 +100,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
         self.trained_modules, self.dtype_of_base = trained_modules, dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.group_options = GroupOptions(learning_rates or {}, decay_norms_and_biases)
         self.quantization: Quantization | None = None
         self.adapter_dtype: AdapterDtype = "float32"
         self.adapter: Adapter | None = None
@@ -111,6 +117,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
         """What may differ from the training that a checkpoint is of, by name: "processes"."""
         self.goes_on = False
         """Whether a checkpoint is to come, which the trainer does not say yet when the model is made."""
+        self.saved_groups: list[list[str]] | None = None
+        """The names of the parameters in the optimizer's groups, of the checkpoint that is gone on with."""
         self.guard = Guard()
         self.register_load_state_dict_post_hook(forget_frozen)
         self.learning_rate: float | None = None
@@ -244,6 +252,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
         assert self.adapter is not None
         self.search.settle()
         self.unfreezing.keep_groups(self.trainer.optimizers[0])
+        refuse_other_groups(self, self.saved_groups)
+        self.saved_groups = None
         put_in_train_mode(self.adapter)
         self._step.start(self.adapter)
         self.ending.start()
@@ -381,22 +391,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
         Raises:
             UserError: it is not known.
         """
-        steps = planned_steps(self.trainer)
-        if steps is not None and steps != float("inf"):
-            return int(steps)
         plans = any(self.strategy.uses(hook) for hook in ("check_steps", "after_step"))
-        who = f"but {type(self.strategy).__name__ if plans else 'LinearWarmup'} plans by it"
-        other = "." if plans else ", or choose another --lr_scheduler, such as ConstantLR."
-        if steps is None:
-            raise UserError(
-                f"The number of steps is not known, {who}: the training data has no length (its loader or data set has "
-                "no __len__), so it is not known how many batches an epoch of --trainer.max_epochs has. Set "
-                "--trainer.max_steps, or --trainer.limit_train_batches to a whole number of batches in an epoch"
-                f"{other}"
-            )
-        raise UserError(
-            f"The number of steps is not known, {who}: set --trainer.max_epochs or --trainer.max_steps{other}"
-        )
+        return known_steps(self.trainer, type(self.strategy).__name__ if plans else None)
 
     # ---- what is saved
 
@@ -404,6 +400,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
         self.search.begin()
         keep_trained(self, checkpoint)
+        if checkpoint.get("optimizer_states"):
+            checkpoint["parameter_groups"] = names_in_groups(self, self.trainer.optimizers)
         self._state.save(checkpoint)
         self.ending.save(checkpoint)
         self.unfreezing.save(checkpoint)
@@ -413,6 +411,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
             return
         self.unfreezing.load(checkpoint)
         self._state.load(checkpoint)
+        self.saved_groups = checkpoint.get("parameter_groups")
         self.ending.load(checkpoint)
         warn_of_other_base(self, checkpoint)
 
@@ -472,4 +471,6 @@ class PEFTModule(FromCheckpoint, LightningModule):
             "revision": source.revision if source else None,
             "trust_remote_code": source.trust_remote_code if source else False,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "learning_rates": dict(self.group_options.learning_rates) or None,
+            "decay_norms_and_biases": self.group_options.decay_norms_and_biases,
         }

@@ -2,19 +2,20 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from peftlight.errors import UserError
+from peftlight.errors import UserError, listed
 from peftlight.strategy import Adapter
+from peftlight.tasks.parameter_groups import is_plain, treat
 from peftlight.tasks.planned_steps import planned_steps
 from peftlight.tasks.schedule import LinearWarmup, steps_of
 from peftlight.tasks.search import check_taken, with_rate
+from peftlight.tasks.trial_step import refuse_unable
 
 if TYPE_CHECKING:
     from peftlight.tasks.base import PEFTModule
@@ -35,12 +36,12 @@ def optimizer_and_schedule(module: "PEFTModule") -> OptimizerLRScheduler:
     """
     assert module.adapter is not None
     try:
-        make = with_rate(module.optimizer, module.learning_rate)
-        optimizer = new_optimizer(make, module.parameters(), module.adapter)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        scheduler = module.lr_scheduler(optimizer)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"The optimizer or the lr_scheduler refuses its settings: {error}") from error
+        optimizer = new_optimizer(module, module.adapter)
+    except (ValueError, TypeError, RuntimeError) as error:
+        matrices_alone = "Muon" in str(error) and "; MuonAndAdamW takes the rest too: --optimizer MuonAndAdamW"
+        raise UserError(f"The optimizer refuses its settings: {error}{matrices_alone or ''}") from error
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scheduler = _schedule(module, optimizer)
     check_taken(optimizer, rates, scheduler, module.learning_rate)
     if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
         # The schedule is planned over all steps, those that the scaler skips too; torch takes it for a slip.
@@ -49,6 +50,30 @@ def optimizer_and_schedule(module: "PEFTModule") -> OptimizerLRScheduler:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
     plan_by_steps(module, [scheduler])
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _schedule(module: "PEFTModule", optimizer: Optimizer) -> Any:
+    before = [group["lr"] for group in optimizer.param_groups]
+    try:
+        scheduler = module.lr_scheduler(optimizer)
+    except (ValueError, TypeError, RuntimeError) as error:
+        if None in before:
+            relative = any(group.get("relative_step") for group in optimizer.param_groups)
+            raise UserError(
+                f"{type(optimizer).__name__} finds its own learning rate (its lr is null), and the lr_scheduler moves "
+                f"one. Set --optimizer.lr{' with --optimizer.relative_step false' if relative else ''}, or choose a "
+                "schedule that reads the optimizer's own: --lr_scheduler transformers.optimization.AdafactorSchedule."
+            ) from error
+        raise UserError(f"The lr_scheduler refuses its settings: {error}") from error
+    after = [group["lr"] for group in optimizer.param_groups]
+    if len(set(before)) > 1 and len(set(after)) == 1 and after[0]:
+        raise UserError(
+            f"{type(scheduler).__name__} gives all parameters one learning rate, {after[0]:.3g}, and here they have "
+            f"several, by the strategy or by model.learning_rates: {listed(f'{rate:.3g}' for rate in before)}. Give "
+            "its rates as a list, one for each of these groups, or choose a schedule that multiplies them, such as "
+            "--lr_scheduler LinearWarmup."
+        )
+    return scheduler
 
 
 def plan_by_steps(module: "PEFTModule", schedulers: Iterable[Any]) -> None:
@@ -71,20 +96,16 @@ def plan_by_steps(module: "PEFTModule", schedulers: Iterable[Any]) -> None:
                 )
 
 
-def new_optimizer(make: Callable[[Any], Optimizer], parameters: Iterable[nn.Parameter], adapter: Adapter) -> Optimizer:
-    """The optimizer of those parameters that train, with the strategy's factors on its learning rate."""
-    factors = adapter.strategy.learning_rates(adapter)
-    factor_of = {id(parameter): factors.get(name, 1.0) for name, parameter in adapter.parameters().items()}
-    groups: dict[float, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.requires_grad:
-            groups.setdefault(factor_of.get(id(parameter), 1.0), []).append(parameter)
-    if set(groups) == {1.0}:
-        return _remarked(make(groups[1.0]))
-    optimizer = _remarked(make([{"params": group} for group in groups.values()]))
-    for group, factor in zip(optimizer.param_groups, groups, strict=True):
-        group["lr"] = group["lr"] * factor
-    return optimizer
+def new_optimizer(module: "PEFTModule", adapter: Adapter) -> Optimizer:
+    """The optimizer of those parameters that train, with what the strategy and the user ask for some of them.
+
+    Raises:
+        UserError: it cannot take a step with such parameters and these settings.
+    """
+    groups = module.group_options.groups(module, adapter)
+    refuse_unable(module.optimizer, groups)
+    make = with_rate(module.optimizer, module.learning_rate)
+    return _remarked(treat(make(groups[0]["params"] if is_plain(groups) else groups)))
 
 
 def _remarked(optimizer: Optimizer) -> Optimizer:

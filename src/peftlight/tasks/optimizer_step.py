@@ -89,9 +89,10 @@ class OptimizerStep:
         assert self._liveness is not None
         self._liveness.after_backward()  # the loss alone has to reach every tensor
         gradient, of_penalty = closed.beside
-        rate = float(optimizer.param_groups[0]["lr"])
+        rates = [float(group["lr"] or 0.0) for group in optimizer.param_groups]  # None: the optimizer finds its own
+        rate = rates[0]
         self._steps += 1
-        self._highest = max(self._highest, *(float(group["lr"]) for group in optimizer.param_groups))
+        self._highest = max(self._highest, *rates)
         if not module.search.on:  # which tries rates that are too high
             module.guard.judge(module, rate, closed.loss, closed.labels, gradient * closed.factor, of_penalty)
         if penalty is not None:
@@ -133,8 +134,9 @@ class OptimizerStep:
                 "choose another, such as --lr_scheduler LinearWarmup."
             )
         return (
-            f"The learning rate was {self._highest:.3g} at most, too low to change a value in its number format: raise "
-            "--optimizer.lr."
+            f"The learning rate was {self._highest:.3g} at most: too low to change a value in its number format, or "
+            f"{type(trainer.optimizers[0]).__name__} does nothing here. Raise --optimizer.lr, or choose another "
+            "--optimizer."
         )
 
     def _closed(self, parameters: Sequence[nn.Parameter], added: Sequence[Tensor | None]) -> Closed:

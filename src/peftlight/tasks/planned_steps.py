@@ -9,6 +9,8 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from peftlight.errors import UserError
+
 
 def planned_steps(trainer: Trainer) -> float | None:
     """The optimizer steps of the whole training: those done, and those that are left by its limits.
@@ -33,6 +35,30 @@ def planned_steps(trainer: Trainer) -> float | None:
         factor = accumulation(trainer, done)
         left -= epoch.steps(factor) if begun >= epoch.batches else begun // factor
     return min(trainer.global_step + max(left, 0), most)
+
+
+def known_steps(trainer: Trainer, strategy: str | None) -> int:
+    """The optimizer steps of the whole training, which something plans by.
+
+    Args:
+        trainer: of the training.
+        strategy: the name of the strategy, where it is what plans; None: a schedule does.
+
+    Raises:
+        UserError: the number is not known.
+    """
+    steps = planned_steps(trainer)
+    if steps is not None and steps != math.inf:
+        return int(steps)
+    beginning = f"The number of steps is not known, but {strategy or 'LinearWarmup'} plans by it: "
+    other = "." if strategy else ", or choose another --lr_scheduler, such as ConstantLR."
+    if steps is None:
+        raise UserError(
+            f"{beginning}the training data has no length (its loader or data set has no __len__), so it is not known "
+            "how many batches an epoch of --trainer.max_epochs has. Set --trainer.max_steps, or "
+            f"--trainer.limit_train_batches to a whole number of batches in an epoch{other}"
+        )
+    raise UserError(f"{beginning}set --trainer.max_epochs or --trainer.max_steps{other}")
 
 
 @dataclass(frozen=True)
