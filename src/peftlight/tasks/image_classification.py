@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftlight.errors import UserError
+from peftlight.pretrained import Source
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.classifier import Classifier
 
