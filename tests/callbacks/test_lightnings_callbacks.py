@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ CASES = [
     _refused("Callback", "Callback is the base class"),
     _refused("Checkpoint", "Checkpoint is the base class"),
     _refused("ModelPruning", "ModelPruning sets weights of the base to zero", pruning_fn="l1_unstructured"),
-    Case("ProgressBar", run={"trainer.enable_progress_bar": "true"}, says="ProgressBar is the base class", refused=True),
+    Case("ProgressBar", run={"trainer.enable_progress_bar": "true"}, says="ProgressBar is the base", refused=True),
     Case("BatchSizeFinder", {"max_trials": 2}, holds=lambda run: _config(run)["data"]["init_args"]["batch_size"] == 4),
     Case("DeviceStatsMonitor", {"cpu_stats": "true"}, LOGGED, holds=lambda run: "DeviceStatsMonitor" in _metrics(run)),
     Case("EarlyStopping", {"monitor": "val_loss", "min_delta": 9, "patience": 1}, {"trainer.max_epochs": 5},
@@ -81,7 +81,7 @@ LATER = {"BackboneFinetuning", "EMAWeightAveraging", "StochasticWeightAveraging"
 
 
 @pytest.fixture(scope="module")
-def outcomes(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[int, str, Path]]]:
+def outcomes(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, Path]]:
     """Of each case: the exit code, what was said, and the folder in which it ran; two run at a time."""
     found, running = {}, []
     for case in CASES:
@@ -97,7 +97,7 @@ def outcomes(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             found |= _ended(*running.pop(0))
     for one in running:
         found |= _ended(*one)
-    yield found
+    return found
 
 
 def _ended(name: str, folder: Path, process: Any) -> dict[str, tuple[int, str, Path]]:
