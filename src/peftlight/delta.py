@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftlight.errors import UserError
@@ -44,6 +45,12 @@ class Delta(nn.Module):
     """
 
     enabled: bool = True
+    in_float32: tuple[str, ...] = ()
+    """What stays in float32 where the delta is put into half precision (`adapter_dtype`): names below it, "" for all.
+
+    It is needed for what starts near one: half precision has no number between 1 and 0.996 or 1.008, so that the steps
+    of a training are lost. Every module within a delta may have this attribute for its own part.
+    """
     reads_weight: bool = False
     """Whether what this adds depends on the module's weight, so that it folds into that weight alone."""
 
@@ -82,6 +89,14 @@ class Delta(nn.Module):
         """A delta that computes the same without what only training needed; it is what gets saved."""
         return self
 
+    def put_into(self, dtype: torch.dtype) -> None:
+        """Put its numbers into this format, in place, except for those that are to stay in float32."""
+        kept = {id(tensor) for module in self.modules() for name in getattr(module, "in_float32", ())
+                for tensor in _below(module, name)}  # fmt: skip
+        for tensor in _below(self, ""):
+            if tensor.is_floating_point() and id(tensor) not in kept:
+                tensor.data = tensor.data.to(dtype)
+
     def check_length(self, tokens: int) -> None:
         """Called before the first step with the length of the longest row, where the data knows it.
 
@@ -91,6 +106,12 @@ class Delta(nn.Module):
 
     def take_shapes(self, state: Mapping[str, Tensor]) -> None:
         """Make room for saved tensors, named as in `state_dict()`, where the shapes depend on data."""
+
+
+def _below(module: nn.Module, name: str) -> list[Tensor]:
+    """The parameters and buffers of that name, or below it."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return [tensor for key, tensor in named if not name or f"{key}.".startswith(f"{name}.")]
 
 
 def with_product(weight: Tensor, factors: Factors) -> Tensor:

@@ -16,6 +16,8 @@ from peftlight.unreached import may_stay, stays_as_it_is, what_to_do
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PART = 1 << 18
+_MOST = 1 << 16
+"""Of a larger tensor as many entries are looked at, evenly spaced; their first values are kept during the training."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Trained:
     name: str
     had_gradient: bool
     moved: bool
+    moved_entries: int = 0
+    """How many of its entries, of those that were looked at, have another value than at the start."""
+    entries: int = 0
+    """How many were looked at: all, or 65,536 evenly spaced ones of a larger tensor (in each process its part)."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,20 @@ class Verdict:
         """Names of the trained tensors that are where they started."""
         return [tensor.name for tensor in self.trained if not tensor.moved]
 
+    @property
+    def hardly_moved(self) -> list[Trained]:
+        """Those that moved, but in less than half of their entries; those that moved least come first."""
+        few = [each for each in self.trained if each.moved and 2 * each.moved_entries < each.entries]
+        return sorted(few, key=lambda each: each.moved_entries / each.entries)
+
     def __str__(self) -> str:
         moved = f"{len(self.trained) - len(self.still)} of {len(self.trained)} trained tensors moved"
+        found, looked = sum(each.moved_entries for each in self.trained), sum(each.entries for each in self.trained)
+        entries = f"; of {looked:,} entries {found:,} moved"
         left = f"; where they started: {listed(self.still)}" if self.still else ""
-        return f"audit: {moved}, the frozen base is unchanged ({self.base_checksum}){left}"
+        few = [f"{each.name} ({each.moved_entries:,} of {each.entries:,})" for each in self.hardly_moved]
+        hardly = f"; most entries are where they started in: {listed(few, 6)}" if few else ""
+        return f"audit: {moved}, the frozen base is unchanged ({self.base_checksum}){entries}{left}{hardly}"
 
 
 class Liveness:
@@ -52,6 +68,7 @@ class Liveness:
         self.adapter = adapter
         self._base = _checksums(self._frozen())
         self._start = _checksums(adapter.parameters().items())
+        self._first_values = {name: _sample(tensor).cpu() for name, tensor in adapter.parameters().items()}
         self._had_gradient: set[str] = set()
         self._looked = self._had_step = False
 
@@ -61,7 +78,9 @@ class Liveness:
         for name in new:
             del self._base[name]
         trained = self.adapter.parameters()
-        self._start |= _checksums((name, value) for name, value in new.items() if name in trained)
+        new = {name: value for name, value in new.items() if name in trained}
+        self._start |= _checksums(new.items())
+        self._first_values |= {name: _sample(value).cpu() for name, value in new.items()}
 
     def before_backward(
         self, loss: Tensor, sum_over_processes: Callable[[Tensor], Tensor], processes: int, waits: bool
@@ -135,9 +154,26 @@ class Liveness:
                 f"The frozen base changed while it was trained: {listed(changed)}. An adapter holds what trains alone, "
                 "and on the base as it was it would compute something else."
             )
-        now = _checksums(self.adapter.parameters().items())
-        trained = [Trained(name, name in self._had_gradient, now.get(name) != old) for name, old in self._start.items()]
+        now, moved = _checksums(self.adapter.parameters().items()), self._moved_entries()
+        trained = [
+            Trained(name, name in self._had_gradient, now.get(name) != old, *moved.get(name, (0, 0)))
+            for name, old in self._start.items()
+        ]
         return Verdict(trained, hashlib.sha256(repr(sorted(base.items())).encode()).hexdigest()[:16])
+
+    def _moved_entries(self) -> dict[str, tuple[int, int]]:
+        """Of each trained tensor: how many of the entries looked at have moved, and how many those are."""
+        own = {name: tensor for name, tensor in self.adapter.parameters().items() if name in self._first_values}
+        if not own:
+            return {}
+        device = next(iter(own.values())).device
+        counts = torch.zeros(2, len(own), dtype=torch.int64, device=device)
+        for number, (name, tensor) in enumerate(own.items()):
+            now, first = _sample(tensor), self._first_values[name].to(tensor.device)
+            counts[0, number] = (now != first).sum() if now.shape == first.shape else len(now)
+            counts[1, number] = len(now)
+        moved, looked = (summed_over_shards(each, own.values()).tolist() for each in counts)
+        return dict(zip(own, zip(moved, looked, strict=True), strict=True))
 
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters and the saved buffers that are not the adapter's."""
@@ -152,6 +188,14 @@ class Liveness:
 def state_checksum(adapter: Adapter) -> str:
     """Of all that the adapter keeps; two states that differ in one value differ in it. Sharded, all processes ask."""
     return hashlib.sha256(repr(sorted(_checksums(adapter.state().items()).items())).encode()).hexdigest()[:16]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A copy of the entries of a tensor that are looked at; of one that is sharded, of the part here."""
+    flat = local(tensor.detach()).reshape(-1)
+    if len(flat) > _MOST:
+        return flat[torch.arange(_MOST, device=flat.device) * len(flat) // _MOST]
+    return flat.clone()
 
 
 def _checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:

@@ -77,6 +77,8 @@ class VirtualTokens(Delta):
     not. With a cache, P goes in with the first call and stays in the cache.
     """
 
+    in_float32 = ("",)
+
     def __init__(self, prompt: nn.Module, count: int, entrance: Entrance, behind_padding: bool = True) -> None:
         """
         Args:

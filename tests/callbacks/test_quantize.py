@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,11 @@ from peftlight.errors import UserError
 from peftlight.interop import read_record
 from peftlight.linear import is_quantized
 from peftlight.pretrained import Source
-from peftlight.strategies import BitFit, LoRA
+from peftlight.strategies import BitFit, BottleneckAdapter, LoRA
 from peftlight.tasks import CausalLM, SequenceClassification
 from processes.ranks import Ranks
-from recipes import CONFIGS
-from tasks.small import QUIET, batches, class_rows, loader, quiet_trainer
+from recipes import CONFIGS, RECIPES
+from tasks.small import QUIET, batches, class_rows, constant, loader, quiet_trainer
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore")]
 OVERLAY = ["--config", str(CONFIGS / "4bit.yaml")]
@@ -132,6 +133,41 @@ def test_adapters_are_in_the_format_that_is_asked_for_and_heads_in_float32(tmp_p
     assert {kind for name, kind in kinds.items() if ".deltas." in name} == {torch.bfloat16}
     assert kinds["classifier.weight"] == torch.float32
     assert any(is_quantized(each) for each in model.modules())
+
+
+NEAR_ONE = ["compacter", "dora", "hyperlora", "ia3", "mam", "p_tuning", "prefix", "vera"]
+
+
+def entries(strategy: Any, folder: Path, dtype: Any) -> dict[str, tuple[int, int, torch.dtype]]:
+    """Of each tensor of an adapter: how many entries a short training moves, of how many, and their number format."""
+    torch.manual_seed(0)
+    base = make("bert")
+    for name, weight in base.named_parameters():  # DoRA's magnitudes are those of real models then
+        weight.data.mul_(10.0 if name.endswith("query.weight") else 1.0)
+    optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
+    model = SequenceClassification(base, strategy, optimizer=optimizer, lr_scheduler=constant)
+    rows = loader(batches(class_rows([5, 6, 7, 5], [0, 1, 2, 1]), 2))
+    quiet_trainer(folder, [Quantize(block_size=32, adapter_dtype=dtype)], max_steps=8, max_epochs=4).fit(model, rows)
+    kinds = {name: parameter.dtype for name, parameter in model.adapter.parameters().items()}
+    return {each.name: (each.moved_entries, each.entries, kinds[each.name]) for each in model.verdict.trained
+            if ".deltas." in each.name}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", NEAR_ONE)
+def test_half_precision_trains_what_starts_near_one(recipe: str, tmp_path: Path) -> None:
+    half, single = (entries(RECIPES[recipe](), tmp_path, dtype) for dtype in ("bfloat16", "float32"))
+    for name, (moved, count, _) in half.items():
+        assert moved >= 0.6 * single[name][0], f"{name}: {moved} of {count}, in float32 {single[name][0]}"
+    assert {kind for *_, kind in single.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("layer_norm", ["before", "after"])
+def test_norms_and_scales_of_an_adapter_in_half_precision_train_too(layer_norm: Any, tmp_path: Path) -> None:
+    found = entries(BottleneckAdapter(layer_norm=layer_norm, scale="learned", reduction_factor=4), tmp_path, "bfloat16")
+    kinds = {kind: {name for name, (*_, each) in found.items() if each == kind} for *_, kind in found.values()}
+    assert all("norm" in name or name.endswith("scale") for name in kinds[torch.float32])
+    assert all("down" in name or "up" in name for name in kinds[torch.bfloat16])
+    assert all(moved == count for name, (moved, count, _) in found.items() if name in kinds[torch.float32])
 
 
 def test_two_of_them_and_other_quantizers_and_shards_are_refused(tmp_path: Path) -> None:

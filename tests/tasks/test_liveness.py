@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from peftlight import Adapter, PEFTStrategy, attach, load_adapter, save_adapter
 from peftlight.delta import Base, Delta
 from peftlight.errors import UserError
 from peftlight.liveness import Liveness
-from peftlight.strategies import BitFit, Full, LoRA
+from peftlight.strategies import IA3, BitFit, Full, LoRA
 from peftlight.tasks import ImageClassification, SequenceClassification
-from tasks.small import QUIET, batches, class_rows, loader, quiet_trainer, trained
+from tasks.small import QUIET, batches, class_rows, constant, loader, quiet_trainer, trained
 
 pytestmark = QUIET
 LABELS = [0, 1, 2, 0]
@@ -174,6 +175,45 @@ def test_a_tensor_that_stays_where_it_was_is_named(tmp_path: Path) -> None:
     assert verdict.still == ["bert.encoder.layer.0.output.dense.deltas.default.l"]
     assert "2 of 3 trained tensors moved" in str(verdict)
     assert "where they started: bert.encoder.layer.0.output.dense.deltas.default.l" in str(verdict)
+
+
+def test_a_tensor_in_which_most_entries_stay_is_named_with_how_many_moved(tmp_path: Path) -> None:
+    class Few(Callback):
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.model.classifier.weight.grad[:, 5:] = 0  # of 32 columns
+
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    verdict = fitted(LoRA(rank=2), tmp_path, [Few()], optimizer=optimizer, lr_scheduler=constant).verdict
+    (head,) = (each for each in verdict.trained if each.name == "classifier.weight")
+    assert (head.moved, head.moved_entries, head.entries) == (True, 15, 96)
+    assert verdict.hardly_moved == [head]
+    assert "most entries are where they started in: classifier.weight (15 of 96)" in str(verdict)
+
+
+def test_of_a_large_tensor_a_bounded_number_of_entries_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(600, 700))
+    watch = Liveness(attach(model, Full()))
+    with torch.no_grad():
+        model[0].weight[:350] += 1.0  # half of the rows
+    weight, bias = watch.verdict().trained
+    assert (weight.entries, bias.entries) == (1 << 16, 700)
+    assert weight.moved
+    assert weight.moved_entries == weight.entries // 2
+    assert (bias.moved, bias.moved_entries) == (False, 0)
+    assert max(kept.numel() for kept in watch._first_values.values()) == 1 << 16
+
+
+def test_training_in_bfloat16_alone_is_refused_and_the_advice_trains_in_float32(tmp_path: Path) -> None:
+    rows = loader(batches(class_rows([5, 7], [0, 1]), 2))
+    module = SequenceClassification(make("bert"), IA3(), num_labels=3)
+    with pytest.raises(UserError, match=r"bf16-true, which .*bf16-mixed --model.dtype bfloat16"):
+        quiet_trainer(tmp_path, precision="bf16-true").fit(module, rows)
+    make("bert").save_pretrained(tmp_path / "base")
+    module = SequenceClassification(str(tmp_path / "base"), IA3(), num_labels=3, dtype="bfloat16")
+    quiet_trainer(tmp_path, precision="bf16-mixed").fit(module, rows)
+    assert {parameter.dtype for parameter in module.adapter.parameters().values()} == {torch.float32}
+    assert {p.dtype for p in module.model.bert.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert all(each.moved_entries == each.entries for each in module.verdict.trained)
 
 
 class _Count(Callback):

@@ -32,7 +32,8 @@ class Quantize(TaskCallback):
             block_size: weights that share a scale, with 4 bits.
             compute_dtype: in which the layers compute, with 4 bits; auto: bfloat16 on a card that has it, else float32.
             keep: modules left as they are, by names or patterns; heads and embeddings always are.
-            adapter_dtype: number format of the adapter.
+            adapter_dtype: number format of the adapter; what half precision would hardly train, such as IA3's vectors
+                and DoRA's magnitudes, which start near one, stays in float32.
         """
         self.quantization = Quantization(bits, quant_type, double_quant, block_size, compute_dtype, list(keep or ()))
         self.adapter_dtype = adapter_dtype

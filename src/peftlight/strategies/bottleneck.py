@@ -170,6 +170,8 @@ class Bottleneck(nn.Module):
     instead, for the norm of zeros would pass no gradient that is of use.
     """
 
+    in_float32 = ("norm_before", "norm_after", "scale")
+
     def __init__(self, width: int, inner: int, recipe: BottleneckAdapter, project: Projection) -> None:
         super().__init__()
         mute, norm = recipe.init == "zero", recipe.layer_norm
@@ -186,9 +188,15 @@ class Bottleneck(nn.Module):
             self.scale = nn.Parameter(torch.ones((), dtype=torch.float32, device="cpu"))
 
     def forward(self, h: Tensor) -> Tensor:
-        inner = self.activation(self.down(self.norm_before(h.to(self.up.bias.dtype))))
-        outer: Tensor = self.norm_after(self.up(self.dropout(inner))) * self.scale
+        inner = self.activation(self.down(_normed(self.norm_before, h).to(self.up.bias.dtype)))
+        outer: Tensor = _normed(self.norm_after, self.up(self.dropout(inner))) * self.scale
         return outer
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """The layer norm of x, in the norm's own number format; x where there is none."""
+    normed: Tensor = norm(x.to(norm.weight.dtype)) if isinstance(norm, nn.LayerNorm) else x
+    return normed
 
 
 def _layer_norm(width: int) -> nn.LayerNorm:

@@ -83,6 +83,8 @@ class PHMLinear(nn.Module):
     output is to be zero at the start.
     """
 
+    in_float32 = ("",)
+
     def __init__(self, inputs: int, outputs: int, rule: PHMRule, rank: int, mute: bool) -> None:
         super().__init__()
         n = len(rule.A)

@@ -109,6 +109,8 @@ class HyperNetwork(nn.Module):
 class WrittenLoRA(Delta):
     """h = W x + b + s B A dropout(x), where the shared network writes A (r, in) and B (out, r)."""
 
+    in_float32 = ("",)
+
     def __init__(self, network: HyperNetwork, layer: int, kind: int, plain: LinearLoRA) -> None:
         super().__init__()
         self.network, self.layer, self.kind = network, layer, kind

@@ -67,6 +67,8 @@ def _keys_values_and_outputs(model: nn.Module) -> list[str]:
 class OutputScale(Delta):
     """h = l ∘ (W x + b), with l (out,) starting at one: l_k and l_v of the paper."""
 
+    in_float32 = ("",)
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.l = nn.Parameter(torch.ones(width, dtype=torch.float32, device="cpu"))
@@ -82,6 +84,8 @@ class OutputScale(Delta):
 
 class InputScale(Delta):
     """h = W (l ∘ x) + b, with l (in,) starting at one: l_ff of the paper, on the activations that W reads."""
+
+    in_float32 = ("",)
 
     def __init__(self, width: int) -> None:
         super().__init__()

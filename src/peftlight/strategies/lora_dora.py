@@ -24,6 +24,7 @@ class LinearDoRA(LinearLoRA):
     x' = dropout(x). Over the delta of another adapter the same is added to what that one gives.
     """
 
+    in_float32 = ("m",)
     reads_weight = True
 
     def __init__(
@@ -42,7 +43,7 @@ class LinearDoRA(LinearLoRA):
         y: Tensor = base(x)
         dropped = self.dropout(x.to(self.A.dtype))
         factor = self.m / _norms(weight_of(base.module), self)
-        update = F.linear(F.linear(dropped, self.A), self.B * (factor * self.scale).unsqueeze(1))
+        update = F.linear(F.linear(dropped, self.A), (self.B * (factor * self.scale).unsqueeze(1)).to(dropped.dtype))
         own = _own_output(base, y, dropped.to(x.dtype), _drops(self))
         bias = getattr(base.module, "bias", None)
         own = own if bias is None else own - bias
@@ -58,6 +59,7 @@ class LinearDoRA(LinearLoRA):
 class ConvDoRA(ConvLoRA):
     """As `LinearDoRA`, with a norm for each output channel; m is (1, out, 1...)."""
 
+    in_float32 = ("m",)
     reads_weight = True
 
     def __init__(
@@ -92,6 +94,7 @@ class ConvDoRA(ConvLoRA):
 class EmbeddingDoRA(EmbeddingLoRA):
     """h = (m / ‖V‖) ∘ V[x], with V = E + s (B A)ᵀ and its norms by column, m (dim,) trained."""
 
+    in_float32 = ("m", "B")
     reads_weight = True
 
     def __init__(self, rank: int, vocabulary: int, dim: int, scale: float, module: nn.Module) -> None:
@@ -101,7 +104,8 @@ class EmbeddingDoRA(EmbeddingLoRA):
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y: Tensor = base(x)
         factor = self.m / _norms(weight_of(base.module).T, self)
-        update = F.linear(self._inner(base.module, x), self.B * factor.unsqueeze(1))
+        inner = self._inner(base.module, x)
+        update = F.linear(inner, (self.B * factor.unsqueeze(1)).to(inner.dtype))
         own = _own_output(base, y, x, dropping=False)
         return (y + (factor - 1) * own + update).to(y.dtype)
 
@@ -131,10 +135,10 @@ def _row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     The norm from ‖W‖², W Aᵀ and A Aᵀ, which needs no changed weight, is neither faster (these products are narrow) nor
     exact where an update nearly cancels a row, and a stored ‖W‖² is wrong once the base's weights are loaded anew.
     """
-    flat = weight.flatten(1)
+    flat, kind = weight.flatten(1), torch.promote_types(A.dtype, torch.float32)
     rows = max(1, _BLOCK // flat.shape[1])
     blocks = [
-        torch.linalg.vector_norm(torch.addmm(some.to(A.dtype), b, A, alpha=scale), dim=1)
+        torch.linalg.vector_norm(torch.addmm(some.to(kind), b.to(kind), A.to(kind), alpha=scale), dim=1)
         for some, b in zip(flat.split(rows), B.split(rows), strict=True)
     ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)

@@ -75,6 +75,8 @@ class ConvLoRA(LinearLoRA):
 class EmbeddingLoRA(Delta):
     """h = E[x] + s B A[:, x], with A (rank, vocabulary), B (dim, rank). A starts at zero, B normal."""
 
+    in_float32: tuple[str, ...] = ("B",)
+
     def __init__(self, rank: int, vocabulary: int, dim: int, scale: float) -> None:
         super().__init__()
         # Drawn, then drawn again or zeroed: the same random numbers as HF PEFT.
@@ -86,7 +88,8 @@ class EmbeddingLoRA(Delta):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y: Tensor = base(x)
-        return (y + F.linear(self._inner(base.module, x), self.B)).to(y.dtype)
+        inner = self._inner(base.module, x)
+        return (y + F.linear(inner, self.B.to(inner.dtype))).to(y.dtype)
 
     def _inner(self, table: nn.Module, x: Tensor) -> Tensor:
         """s A[:, x], as (..., rank)."""

@@ -17,6 +17,8 @@ class PrefixDelta(Delta):
     positions of each layer (equation 3); of these, the tokens after them see the keys and values alone.
     """
 
+    in_float32 = ("",)
+
     def __init__(self, prefix: nn.Module) -> None:
         super().__init__()
         self.prefix = prefix

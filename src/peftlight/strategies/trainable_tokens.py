@@ -65,6 +65,7 @@ def _input_embedding(model: nn.Module) -> list[str]:
 class Rows(nn.Module):
     """The trained rows (tokens, dim), which a tied output layer shares."""
 
+    in_float32 = ("",)
     indices: Tensor
 
     def __init__(self, start: Tensor, indices: list[int]) -> None:

@@ -80,6 +80,8 @@ class VeRADelta(Delta):
     A and B are the first columns and rows of the shared matrices, as many as the layer is wide.
     """
 
+    in_float32 = ("",)
+
     def __init__(self, shared: Projections, inputs: int, outputs: int, d_initial: float, dropout: float) -> None:
         super().__init__()
         self.shared, self.inputs, self.outputs = shared, inputs, outputs

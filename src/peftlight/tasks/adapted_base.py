@@ -42,7 +42,7 @@ def adapted_base(module: "PEFTModule", initial: Initial | None) -> Adapter:
     if module.quantization is not None:
         in_float32(model, heads)
         for delta in adapter.sites.values():  # what the adapter trains in place stays as it is
-            delta.to(getattr(torch, module.adapter_dtype))
+            delta.put_into(getattr(torch, module.adapter_dtype))
     if module.gradient_checkpointing:
         checkpoint_gradients(model)
     return adapter
@@ -73,12 +73,18 @@ def _refuse_untrained(module: "PEFTModule", adapter: Adapter, new: Sequence[str]
 
 
 def check_precision(module: "PEFTModule", adapter: Adapter) -> None:
-    """See that a base in half precision meets what stays in float32 under automatic mixed precision.
+    """See that what trains stays in float32, and meets a base in half precision under automatic mixed precision.
 
     Raises:
         UserError: the trainer computes in another precision.
     """
     trainer = module._trainer
+    if trainer and trainer.training and trainer.precision == "bf16-true":
+        raise UserError(
+            "trainer.precision is bf16-true, which puts what is trained into bfloat16, too: the steps of a training "
+            "are lost there beside values near one, so that IA3's vectors, say, never move. The base takes as little "
+            "memory with --trainer.precision bf16-mixed --model.dtype bfloat16."
+        )
     mixes = adapter.trained or module.quantization
     base_is_half = any(p.dtype in _HALF for _, p in own_parameters(adapter.model))
     if base_is_half and mixes and trainer and "mixed" not in trainer.precision:
