@@ -12,6 +12,7 @@ from peftlight.errors import UserError, listed
 
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 _EXCELS_LINE = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
+_BARE_QUOTE = re.compile(r'(?<!\\)"')
 _MOST = 0.5
 """The share of rows that must fit a separator for it to be that of a file with a mistake in it."""
 
@@ -54,7 +55,7 @@ def _best(readings: Iterable[CellReading]) -> CellReading:
             return reading
         seen.append(reading)
     nearest = max(seen, key=lambda each: each.share)
-    return nearest if nearest.share > _MOST else seen[0]
+    return nearest if nearest.share >= _MOST else seen[0]
 
 
 def _with_quotes(reading: CellReading, given: Quoting | None) -> CellReading:
@@ -64,7 +65,13 @@ def _with_quotes(reading: CellReading, given: Quoting | None) -> CellReading:
     if reading.delimiter == "\t" and not ('"' in reading.text and is_csv_written(reading)):
         return reading.quoted("none")
     escaped = reading.quoted("escaped")
-    return escaped if '\\"' in reading.text and reading.problem and escaped.problem is None else reading
+    has_escapes = '\\"' in reading.text and (reading.problem is not None or _all_after_backslashes(reading))
+    return escaped if has_escapes and escaped.problem is None else reading
+
+
+def _all_after_backslashes(reading: CellReading) -> bool:
+    """Whether no quote is left in a cell without a backslash before it."""
+    return not any(_BARE_QUOTE.search(cell) for row in reading.body for cell in row.cells)
 
 
 def _findings(reading: CellReading, usual: str, layout: Layout) -> list[str]:

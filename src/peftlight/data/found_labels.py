@@ -55,11 +55,14 @@ class FoundLabels:
         return sorted(label for label in self.counts if isinstance(label, int))
 
     @cached_property
+    def in_order(self) -> list[Label]:
+        """The labels in order: numbers by their size, before names by the alphabet."""
+        return sorted(self.counts, key=_place)
+
+    @cached_property
     def names(self) -> list[str]:
-        """The labels as names of classes: numbers in their order, before names in that of the alphabet."""
-        return [str(number) for number in self.numbers] + sorted(
-            label for label in self.counts if isinstance(label, str)
-        )
+        """What the labels are called as classes, in order."""
+        return [str(label) for label in self.in_order]
 
     @property
     def rare(self) -> list[Label]:
@@ -73,16 +76,22 @@ class FoundLabels:
                 return table.where(part.index(label))
         raise KeyError(label)
 
-    def in_order(self) -> list[int]:
-        """The counts in the order of the names."""
-        return [self.counts[name if name in self.counts else int(name)] for name in self.names]
+    @property
+    def sizes(self) -> list[int]:
+        """How many rows each label has, in order."""
+        return [self.counts[label] for label in self.in_order]
 
     def told(self) -> str:
         """Each label with its count."""
-        return listed(f"{name} ({count:,})" for name, count in zip(self.names, self.in_order(), strict=True))
+        return listed(f"{name} ({count:,})" for name, count in zip(self.names, self.sizes, strict=True))
 
     def option(self) -> str:
         """The line of a configuration that makes all of them classes."""
         shown = [repr(name) for name in self.names[:_MOST_NAMED]]
         rest = len(self.names) - len(shown)
         return f"labels: [{', '.join(shown)}{f', ... and {rest} more' if rest else ''}]"
+
+
+def _place(label: Label) -> tuple[bool, float, str]:
+    number = number_of(label)
+    return number is None, number or 0.0, str(label)

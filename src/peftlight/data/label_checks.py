@@ -45,12 +45,14 @@ def _fractions(found: FoundLabels) -> str:
     """Scores: numbers with a fraction."""
     numbers = {label: number for label in found.counts if (number := number_of(label)) is not None}
     broken = [label for label, number in numbers.items() if not number.is_integer()]
-    if not broken or sum(found.counts[label] for label in numbers) < 0.9 * found.rows:
+    if not broken:
         return ""
-    value = float(broken[0].replace(",", ".")) if isinstance(broken[0], str) else broken[0]
+    held = (
+        f"{len(numbers)} different numbers in {sum(found.counts[label] for label in numbers):,} of {found.rows:,} rows"
+    )
     return (
-        f"{found.where(broken[0])}: the label in {found.column!r} is {shown(value)}; expected an integer or a name. "
-        f"{len(found.counts)} different values in {found.rows:,} rows: they are numbers, not classes."
+        f"{found.where(broken[0])}: the label in {found.column!r} is {shown(numbers[broken[0]])}; expected an integer "
+        f"or a name. There are {held}: scores, not classes."
     )
 
 
@@ -177,7 +179,7 @@ def _stray(found: FoundLabels) -> str:
             times = "once" if count == 1 else f"{count} times"
             return (
                 f"{found.where(label)}: the label is {label!r}, {times} in {found.rows:,} rows; probably a mistake. "
-                f"The labels are {listed(found.names)}; rows of each: {listed(found.in_order())}."
+                f"The labels are {listed(found.names)}; rows of each: {listed(found.sizes)}."
             )
     return ""
 

@@ -93,8 +93,9 @@ def _refuse_columns_of_marks(table: Table, expected: Sequence[str], columns: Map
     others = [name for name in table.columns if name not in columns.values() and name not in expected]
     if missing != ["label"] or nearest("label", others):
         return
-    marked = [name for name in others if {str(cell).lower() for cell in table.cells(name)} in _MARKS]
-    if len(marked) > 1:
+    marks = {name: {str(cell).lower() for cell in table.cells(name)} for name in others}
+    marked = [name for name, cells in marks.items() if any(cells <= kind for kind in _MARKS)]
+    if sum(len(marks[name]) > 1 for name in marked) > 1:
         ours = {name: columns.get(name, name) for name in expected} | {"label": marked[0]}
         raise UserError(
             f"{table.name} has no column {columns.get('label', 'label')!r}, but {len(marked)} columns of 0 and 1 "
