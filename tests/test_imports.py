@@ -47,7 +47,8 @@ ROOMS = {
     "strategy_spec": {"strategy", "strategies", "typed"},
     "quantization": {"linear", "paths", "targets", "typed"},
     "loading_errors": set(),
-    "pretrained": {"loading_errors", "paths", "quantization"},
+    "packaged": set(),
+    "pretrained": {"loading_errors", "packaged", "paths", "quantization"},
     "interop": {
         "finite",
         "head_size",
