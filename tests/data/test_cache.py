@@ -1,6 +1,7 @@
 """Tokens are made once and found again by everything that they depend on, and by nothing else."""
 
 import errno
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def test_a_cache_that_cannot_be_written_names_the_option(
 def test_the_same_bytes_are_other_rows_in_another_kind_of_file(
     bpe: Callable[..., Any], write: Callable[..., str]
 ) -> None:
-    content = 'text,label\n"a,b",1\nc,0\nd,1\ne,0\n'
-    TextClassification(source=write("a.csv", content), tokenizer=bpe()).setup("fit")
-    with pytest.raises(UserError, match="column"):
-        TextClassification(source=write("a.tsv", content), tokenizer=bpe()).setup("fit")
+    content = json.dumps([{"text": "a", "label": place % 2} for place in range(4)])
+    TextClassification(source=write("a.json", content), tokenizer=bpe()).setup("fit")
+    with pytest.raises(UserError, match="line 1: the row is a list"):
+        TextClassification(source=write("a.jsonl", content), tokenizer=bpe()).setup("fit")

@@ -17,7 +17,7 @@ from peftlight.errors import UserError
 from peftlight.files import write_atomically
 from peftlight.locks import alone
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same inputs would give other tokens or another file."""
 
 _ARRAYS = ("input_ids", "offsets", "lengths", "numbers", "files", "trained", "labels", "token_types",
@@ -68,6 +68,7 @@ def _save(path: Path, tokens: Tokens, description: Mapping[str, Any]) -> None:
         "sha256": _digest(arrays),
         "label_names": tokens.label_names,
         "unlabelled": tokens.unlabelled,
+        "findings": tokens.findings,
         "summary": description,
     }
     # As bytes: a full disk is then an OSError like everywhere else, which safetensors would hide in its own error.
@@ -81,7 +82,8 @@ def _load(path: Path) -> Tokens:
         arrays = {name: file.get_tensor(name) for name in names}
     if _digest(arrays) != metadata["sha256"]:
         raise ValueError("its content has changed")
-    return Tokens(**arrays, label_names=metadata["label_names"], unlabelled=metadata["unlabelled"])
+    told = {name: metadata[name] for name in ("label_names", "unlabelled", "findings")}
+    return Tokens(**arrays, **told)
 
 
 def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:

@@ -62,8 +62,9 @@ class ClassEncoder(Encoder):
                 required_column(table, "text_pair", (*_EXPECTED, "text_pair"), self.columns)
         if self.purpose == "predict" or (self.purpose == "test" and self.unlabelled(tables)):
             return super().encode(tables, tokenizer)
-        labels, names = labels_of(tables, _EXPECTED, self.columns, self.names)
-        return replace(super().encode(tables, tokenizer), labels=labels, label_names=names)
+        labels, names, findings = labels_of(tables, _EXPECTED, self.columns, self.names)
+        tokens = super().encode(tables, tokenizer)
+        return replace(tokens, labels=labels, label_names=names, findings=findings)
 
     def unlabelled(self, tables: Sequence[Table]) -> str:
         """Why there are no labels; empty if there are."""

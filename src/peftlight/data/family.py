@@ -10,8 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from peftlight.data.cells import check_names
+from peftlight.data.layout import Layout, Quoting, layout_of
 from peftlight.data.preparing import Preparation
 from peftlight.data.sampling import EpochSampler, InOrder, Sampled
+from peftlight.data.sources import Special, Split, find_splits
 from peftlight.data.summary import RowCounts
 from peftlight.errors import UserError
 
@@ -47,6 +49,11 @@ class DataFamily(LightningDataModule):
     """A file of its own to predict; otherwise the test split, or else the validation split."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a column to the file's, like {text: review, label: stars}."""
+    delimiter: str | None = None
+    """The separator of the cells in csv and tsv files, or the word tab; none: it is found in each file."""
+    quoting: Quoting | None = None
+    """The quotes in those files. minimal: cells may stand in double quotes, and a quote in them is doubled; escaped: it
+    stands after a backslash; none: quotes are text. Without it they are found in each file."""
     batch_size: int = 8
     """Rows per batch and device."""
     validation_size: int | float = 0.05
@@ -77,6 +84,7 @@ class DataFamily(LightningDataModule):
 
     def _check_fields(self) -> None:
         check_names(self.columns, self.column_names)
+        layout_of(self.delimiter, self.quoting)
         for name, least in self.least.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}; it is {getattr(self, name)}.")
@@ -129,6 +137,15 @@ class DataFamily(LightningDataModule):
         """The roles that may have a source of their own, and which."""
         return {"validation": self.validation_source, "test": self.test_source, "predict": self.predict_source}
 
+    @property
+    def layout(self) -> Layout:
+        """What is said of the cells of csv and tsv files."""
+        return layout_of(self.delimiter, self.quoting)
+
+    def find_splits(self, special: Special = lambda source: None) -> dict[str, Split]:
+        """The files or hub splits of each role; `special` knows sources that only one kind of data has."""
+        return find_splits(self.source, self.subset, self.other_sources(), self.layout, special)
+
     # ---- Lightning's hooks
 
     def prepare_data(self) -> None:
@@ -140,6 +157,8 @@ class DataFamily(LightningDataModule):
         self._prepared = prepared = self.prepare(stage)
         for notice in prepared.notices:
             rank_zero_warn(notice)
+        for finding in dict.fromkeys(prepared.findings):
+            rank_zero_info(finding)
         for role, summary in prepared.summaries.items():
             rank_zero_info(f"{role}: {summary}")
 

@@ -1,7 +1,7 @@
 """Rows of images: where each one lies, what messages call it, and its label."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class ImageRows:
     """The names of the classes."""
     unlabelled: str = ""
     """Why the rows have no labels; empty if they have, or if none were asked for."""
+    findings: list[str] = field(default_factory=list)
+    """What was found in reading the rows that the user has to know."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -85,16 +87,18 @@ def image_rows(
     images = [
         image for table in tables for image in _images_of(table, required_column(table, "image", expected, columns))
     ]
+    notices = [notice for table in tables for notice in table.notices]
     if purpose == "predict":
-        return ImageRows(images)
+        return ImageRows(images, findings=notices)
     reason = _without_class_folders(tables)
     if purpose == "test":
         reason = reason or unlabelled(tables, expected, columns, names)
         if reason:
-            return ImageRows(images, unlabelled=reason)
+            return ImageRows(images, unlabelled=reason, findings=notices)
     if reason:
         raise UserError(f"{reason}. Expected one folder for each class, as {tables[0].name}/CLASS/*.png")
-    return ImageRows(images, *labels_of(tables, expected, columns, names))
+    labels, known, findings = labels_of(tables, expected, columns, names)
+    return ImageRows(images, labels, known, findings=[*notices, *findings])
 
 
 def _without_class_folders(tables: Sequence[Table]) -> str:

@@ -17,7 +17,7 @@ from peftlight.data.image_rows import ImageRows, image_rows
 from peftlight.data.image_transform import Transform, load_transform
 from peftlight.data.labels import chosen_names
 from peftlight.data.preparing import Preparation
-from peftlight.data.sources import Split, find_splits
+from peftlight.data.sources import Split
 from peftlight.data.summary import RowCounts
 from peftlight.data.table import Table
 from peftlight.errors import UserError, listed
@@ -62,7 +62,7 @@ class Images(DataFamily):
         """The stage's splits as images that were seen to be readable."""
         module = self.trainer and self.trainer.lightning_module
         transform = load_transform(self.image_processor, self.image_size, self.image_mean, self.image_std, module)
-        splits = find_splits(self.source, self.subset, self.other_sources(), image_splits)
+        splits = self.find_splits(image_splits)
         return ImagePreparation(self, splits, transform, stage)
 
     def collator(self, role: str) -> Callable[[Any], dict[str, Any]]:

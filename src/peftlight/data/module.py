@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from peftlight.data.batching import Collator
 from peftlight.data.encoder import Encoder, Purpose
 from peftlight.data.family import DataFamily
-from peftlight.data.sources import find_splits
 from peftlight.data.tokenizer import load_tokenizer, pad_id
 from peftlight.data.tokenizing import TextPreparation
 
@@ -40,7 +39,7 @@ class TextData(DataFamily):
         """The stage's splits as tokens."""
         tokenizer = load_tokenizer(self._given_tokenizer, self.trainer and self.trainer.lightning_module)
         pad_id(tokenizer, self.pad_token)
-        return TextPreparation(self, find_splits(self.source, self.subset, self.other_sources()), tokenizer, stage)
+        return TextPreparation(self, self.find_splits(), tokenizer, stage)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the stage's splits from the cache."""

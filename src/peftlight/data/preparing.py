@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from peftlight.data.encoder import Purpose
 from peftlight.data.sources import Part, Split
 from peftlight.data.summary import RowCounts
-from peftlight.errors import UserError
+from peftlight.errors import UserError, listed
 
 if TYPE_CHECKING:
     from peftlight.data.family import DataFamily
@@ -37,6 +37,10 @@ class Content(Protocol):
     def unlabelled(self) -> str:
         """Why the rows have no labels; empty if they have, or if none were asked for."""
 
+    @property
+    def findings(self) -> list[str]:
+        """What was found in reading them that the user has to know."""
+
     def __len__(self) -> int:
         """How many rows there are."""
 
@@ -59,6 +63,7 @@ class Preparation(Generic[C]):
         self.datasets: dict[str, Dataset[Any]] = {}
         self.summaries: dict[str, RowCounts] = {}
         self.notices: list[str] = []
+        self.findings: list[str] = []
         self._contents: dict[tuple[str, Purpose], C] = {}
         self._digests: dict[str, str] = {}
         self._used: list[str] = []
@@ -101,6 +106,8 @@ class Preparation(Generic[C]):
         summary = self.summarize(_name(split), content, rows)
         if not summary.kept:
             raise UserError(f"The {role} split has no row to use: {summary}.")
+        if role == "train":
+            self.findings += _without_rows(content, rows)
         self.summaries[role] = summary
         self.datasets[role] = self.dataset(role, content, rows[content.kept()[rows]])
         self._used.append(f"{role} {self.digest(_name(split))} {self._share(split)}")
@@ -141,6 +148,7 @@ class Preparation(Generic[C]):
         name = _name(split)
         if (name, purpose) not in self._contents:
             self._contents[name, purpose] = self.read(name, purpose)
+            self.findings += self._contents[name, purpose].findings
         return self._contents[name, purpose]
 
     def _rows(self, split: str, count: int) -> NDArray[np.int64]:
@@ -162,6 +170,17 @@ class Preparation(Generic[C]):
         if name not in self._digests:
             self._digests[name] = self.digest_of(name)
         return self._digests[name]
+
+
+def _without_rows(content: Content, rows: NDArray[np.int64]) -> list[str]:
+    """Which classes have no row to learn from, where each row has one."""
+    names, labels = content.label_names, getattr(content, "labels", None)
+    if names is None or labels is None:
+        return []
+    lost = [
+        name for name, count in zip(names, np.bincount(labels[rows], minlength=len(names)), strict=True) if not count
+    ]
+    return [f"No training row is of the class {listed(lost)}: the model cannot learn it."] if lost else []
 
 
 def _name(split: str) -> str:

@@ -1,30 +1,28 @@
 """Local files as tables: JSON, JSON Lines, CSV, TSV, CoNLL and parquet, with errors that name file and row."""
 
-import csv
-import io
+import codecs
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peftlight.data.conll import conll_table
+from peftlight.data.delimited import delimited_table
+from peftlight.data.layout import FOUND, Layout
 from peftlight.data.table import MISSING, Table
 from peftlight.errors import UserError, listed
-
-_LONGEST_CELL = 2**31 - 1
-
 
 _TOO_DEEP = "its lists and objects stand too deep in each other to be rows of data."
 
 
-def read_file(path: str | Path) -> Table:
-    """The rows of the file, read as its extension says.
+def read_file(path: str | Path, layout: Layout = FOUND) -> Table:
+    """The rows of the file, read as its extension says; `layout` is what is known of a csv or tsv file's cells.
 
     Raises:
         UserError: the file cannot be read, or holds no rows, or a row is not like the others.
     """
     path = Path(path)
-    table = READERS[path.suffix.lower()](path)
+    table = READERS[path.suffix.lower()](path, layout)
     if not len(table):
         raise UserError(f"{path} has no rows.")
     return table
@@ -32,6 +30,8 @@ def read_file(path: str | Path) -> Table:
 
 def _text(path: Path) -> str:
     data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}, line 1: it is UTF-16. Save the file as UTF-8.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -110,56 +110,6 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _read_csv(path: Path) -> Table:
-    return _table_of_lines(path, csv.reader(_lines(path), strict=True), "Put a cell with a comma in double quotes.")
-
-
-def _read_tsv(path: Path) -> Table:
-    # No quoting: in tab-separated files, SST-2's among them, a quote character is text like any other.
-    reader = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
-    return _table_of_lines(path, reader, "A cell cannot hold a tab or a line break.")
-
-
-def _lines(path: Path) -> Iterable[str]:
-    csv.field_size_limit(_LONGEST_CELL)
-    return io.StringIO(_text(path), newline="")
-
-
-def _table_of_lines(path: Path, reader: Any, advice: str) -> Table:
-    numbered = _numbered(path, reader)
-    header = next(numbered, (1, []))[1]
-    if len(set(header)) < len(header) or "" in header:
-        raise UserError(f"{path}, line 1: the header needs one name per column, each once; found {listed(header)}.")
-    numbers: list[int] = []
-    rows: list[list[str]] = []
-    for number, row in numbered:
-        if len(row) != len(header):
-            expected = f"the header has {len(header)} ({listed(header)})"
-            raise UserError(f"{path}, line {number}: {len(row)} cells where {expected}. {advice}")
-        numbers.append(number)
-        rows.append(row)
-
-    def cells(column: str) -> list[object]:
-        at = header.index(column)
-        return [row[at] for row in rows]
-
-    return Table(str(path), "line", header, numbers, cells)
-
-
-def _numbered(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Each row that is not blank with the line it begins on (a quoted cell may span several)."""
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise UserError(f"{path}, line {line}: not valid CSV ({error}).") from error
-        if row is None:
-            return
-        if row:
-            yield line, row
-
-
 def _read_parquet(path: Path) -> Table:
     try:
         import pyarrow as pa
@@ -204,13 +154,20 @@ class _ArrowCells(Sequence[object]):
         return self._column[index].as_py()
 
 
-READERS: dict[str, Callable[[Path], Table]] = {
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".conll": lambda path: conll_table(str(path), _text(path)),
-    ".parquet": _read_parquet,
+def _read_cells(path: Path, layout: Layout) -> Table:
+    return delimited_table(str(path), _text(path), DELIMITERS[path.suffix.lower()], layout)
+
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+"""The separator that files of cells have most often, by their extension."""
+
+READERS: dict[str, Callable[[Path, Layout], Table]] = {
+    ".json": lambda path, _: _read_json(path),
+    ".jsonl": lambda path, _: _read_json_lines(path),
+    ".csv": _read_cells,
+    ".tsv": _read_cells,
+    ".conll": lambda path, _: conll_table(str(path), _text(path)),
+    ".parquet": lambda path, _: _read_parquet(path),
 }
 """The file formats by their extension."""
 

@@ -4,12 +4,13 @@ import glob
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from peftlight.data.hub import hub_parts
-from peftlight.data.reading import LINE_FORMATS, READERS, read_file
+from peftlight.data.layout import FOUND, Layout
+from peftlight.data.reading import DELIMITERS, LINE_FORMATS, READERS, read_file
 from peftlight.data.table import Table
 from peftlight.errors import UserError, listed, nearest
 
@@ -46,6 +47,8 @@ class FilePart:
 
     path: Path
     """Where it is."""
+    layout: Layout = FOUND
+    """What the user says of its cells."""
 
     @property
     def name(self) -> str:
@@ -70,7 +73,7 @@ class FilePart:
 
     def read(self) -> Table:
         """The rows."""
-        return read_file(self.path)
+        return read_file(self.path, self.layout)
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,39 @@ Special = Callable[[str], dict[str, Split] | None]
 
 
 def find_splits(
-    source: str, subset: str | None, others: Mapping[str, str | None], special: Special = lambda source: None
+    source: str,
+    subset: str | None,
+    others: Mapping[str, str | None],
+    layout: Layout = FOUND,
+    special: Special = lambda source: None,
 ) -> dict[str, Split]:
     """The splits of `source` by role; `others` gives roles (validation, test, predict) a source of their own.
 
     Raises:
-        UserError: nothing is found there, or it is not clear which file belongs to which split.
+        UserError: nothing is found there, it is not clear which file belongs to which split, or a layout is given and
+            there is no file that has one.
     """
     splits = special(source) or _splits_of(source, subset)
     for role, own in others.items():
         if own is not None:
             splits[role] = _one_split(role, own, special(own) or _splits_of(own, subset if _is_hub_id(own) else None))
-    return splits
+    return _laid_out(splits, layout) if layout.is_given else splits
+
+
+def _laid_out(splits: Mapping[str, Split], layout: Layout) -> dict[str, Split]:
+    """The splits, with their files of cells read as the user says."""
+    parts = [part for split in splits.values() for part in split.parts]
+    if not any(_has_cells(part) for part in parts):
+        raise UserError(
+            f"delimiter and quoting are for files that end in {listed(DELIMITERS)}; the source is {parts[0].name}. "
+            "Leave them out."
+        )
+    return {role: Split(tuple(replace(part, layout=layout) if _has_cells(part) else part for part in split.parts))  # type: ignore[type-var]
+            for role, split in splits.items()}  # fmt: skip
+
+
+def _has_cells(part: Part) -> bool:
+    return isinstance(part, FilePart) and part.path.suffix.lower() in DELIMITERS
 
 
 def _one_split(role: str, source: str, splits: Mapping[str, Split]) -> Split:

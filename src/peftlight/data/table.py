@@ -23,6 +23,8 @@ class Table:
     """All cells of one column."""
     class_names: Mapping[str, list[str]] = field(default_factory=dict)
     """The names behind the numbers of a column, in order, where the table itself says them."""
+    notices: tuple[str, ...] = ()
+    """What was found in reading it that the user has to know."""
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -90,10 +90,10 @@ class WordEncoder(Encoder):
         if self.purpose == "predict" or (self.purpose == "test" and self.unlabelled(tables)):
             return super().encode(tables, tokenizer)
         words = [self._words(table) for table in tables]
-        tags, names = labels_of(words, ["label"], self._as_label(), self.names)
+        tags, names, findings = labels_of(words, ["label"], self._as_label(), self.names, of_words=True)
         tokens = super().encode(tables, tokenizer)
         counts = [count for part in words for count in part.counts]
-        return replace(tokens, tags=_per_token(tags, counts, tokens), words=None, label_names=names)
+        return replace(tokens, tags=_per_token(tags, counts, tokens), words=None, label_names=names, findings=findings)
 
     def unlabelled(self, tables: Sequence[Table]) -> str:
         """Why there are no tags; empty if there are."""

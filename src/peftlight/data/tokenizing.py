@@ -1,7 +1,7 @@
 """The data sets of a stage as tokens: through the cache, and checked for what was cut or has no labels."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peftlight.data.cache import cached, token_file
-from peftlight.data.encoder import Purpose
+from peftlight.data.encoder import Encoder, Purpose
 from peftlight.data.preparing import Preparation
 from peftlight.data.sources import Split
 from peftlight.data.summary import Summary, summarize
@@ -37,16 +37,22 @@ class TextPreparation(Preparation[Tokens]):
         """The tokens of all rows."""
         encoder = self.data.encoder(purpose, self.label_names)
         # The same bytes are other rows in a file of another kind.
-        content = " ".join([self.digest(name), *(PurePath(part.name).suffix for part in self.splits[name].parts)])
+        endings = [PurePath(part.name).suffix for part in self.splits[name].parts]
+        content = " ".join([self.digest(name), *endings, repr(self.data.layout)])
         path = token_file(self._folder, content, self._identity, encoder.settings())
         tokens = cached(
             path,
-            make=lambda: encoder.encode(self.splits[name].read(), self.tokenizer),
+            make=lambda: self._encoded(name, encoder),
             describe=lambda made: asdict(self._whole(name, made)),
         )
         if purpose != "predict" and not tokens.unlabelled:
             self._check(name, self._whole(name, tokens))
         return tokens
+
+    def _encoded(self, name: str, encoder: Encoder) -> Tokens:
+        tables = self.splits[name].read()
+        tokens = encoder.encode(tables, self.tokenizer)
+        return replace(tokens, findings=[*(notice for table in tables for notice in table.notices), *tokens.findings])
 
     def summarize(self, name: str, content: Tokens, rows: NDArray[np.int64]) -> Summary:
         """Counts of rows and tokens."""

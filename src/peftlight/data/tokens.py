@@ -49,6 +49,8 @@ class Tokens:
     """The names of the classes."""
     unlabelled: str = ""
     """Why the rows have no labels; empty if they have, or if none were asked for."""
+    findings: list[str] = field(default_factory=list)
+    """What was found in reading the rows that the user has to know."""
 
     def __len__(self) -> int:
         return len(self.lengths)
