@@ -95,5 +95,5 @@ def test_wrong_tokens_are_refused(tokens: list[int], message: str) -> None:
 
 
 def test_a_model_without_tokens_is_refused() -> None:
-    with pytest.raises(UserError, match="does not say which is its embedding of tokens"):
+    with pytest.raises(UserError, match="does not say which that is"):
         attach(make("vit"), TrainableTokens([1]))
