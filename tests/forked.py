@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -18,9 +18,15 @@ _ASKING = threading.Lock()
 """Every question after a process's end reads its exit code, and starting one asks after all; only one may read it."""
 
 
-def start(arguments: Sequence[object], folder: Path, out: str = "out.txt") -> ForkServerProcess:
-    """Start `peftlight` with these arguments in `folder`; what it says goes to a file there."""
-    process = _SERVER.Process(target=_main, args=([str(one) for one in arguments], folder, out), daemon=True)
+def start(
+    arguments: Sequence[object], folder: Path, out: str = "out.txt", environment: Mapping[str, str] | None = None
+) -> ForkServerProcess:
+    """Start `peftlight` with these arguments in `folder`; what it says goes to a file there.
+
+    Variables of the environment are given as such: processes have those of the moment at which the first one started.
+    """
+    given = ([str(one) for one in arguments], folder, out, dict(environment or {}))
+    process = _SERVER.Process(target=_main, args=given, daemon=True)
     with _ASKING:
         process.start()
     return process
@@ -39,16 +45,19 @@ def join(process: ForkServerProcess) -> None:
         process.join()
 
 
-def peftlight(arguments: Sequence[object], folder: Path, out: str = "out.txt") -> tuple[int, str]:
+def peftlight(
+    arguments: Sequence[object], folder: Path, out: str = "out.txt", environment: Mapping[str, str] | None = None
+) -> tuple[int, str]:
     """The exit code, and what was said; minus the number of the signal that killed it."""
-    process = start(arguments, folder, out)
+    process = start(arguments, folder, out, environment)
     join(process)
     assert process.exitcode is not None
     return process.exitcode, (folder / out).read_text()
 
 
-def _main(arguments: list[str], folder: Path, name: str) -> None:
+def _main(arguments: list[str], folder: Path, name: str, environment: dict[str, str]) -> None:
     os.chdir(folder)
+    os.environ.update(environment)
     out = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)

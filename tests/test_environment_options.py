@@ -1,7 +1,6 @@
 """Lightning's variables of the environment: what they say holds, below files and options, or they are named."""
 
 import inspect
-import json
 from pathlib import Path
 
 import pytest
@@ -55,15 +54,15 @@ def test_a_file_of_the_environment_comes_first() -> None:
     assert options == ["--config=a.yaml", "--a.b=1"]
 
 
-def test_a_run_takes_them_below_its_options_and_says_so(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PL_TRAINER_MAX_STEPS", "2")
-    monkeypatch.setenv("PL_TRAINER_MAX_EPOCHS", "9")  # the options say 1
-    monkeypatch.setenv("PL_FIT__OPTIMIZER__LR", "0.0123")
-    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
-    monkeypatch.setenv("PL_NOTHING", "at all")
-    code, told = peftlight(command(tmp_path, encoder, "nowhere"), tmp_path)
+def test_a_run_takes_them_below_its_options_and_says_so(encoder: Path, tmp_path: Path) -> None:
+    environment = {
+        "PL_TRAINER_MAX_STEPS": "2",
+        "PL_TRAINER_MAX_EPOCHS": "9",  # the options say 1
+        "PL_FIT__OPTIMIZER__LR": "0.0123",
+        "PL_GLOBAL_SEED": "7",
+        "PL_NOTHING": "at all",
+    }
+    code, told = peftlight(command(tmp_path, encoder, "nowhere"), tmp_path, environment=environment)
     assert code == 0, told
     run = recorded(tmp_path)
     config = yaml.safe_load((run["run"] / "config.yaml").read_text())
@@ -75,14 +74,10 @@ def test_a_run_takes_them_below_its_options_and_says_so(
         assert "not read: PL_NOTHING" in text
 
 
-def test_a_resume_is_of_the_run_and_not_of_the_environment(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = command(tmp_path, encoder, "nowhere", **{"trainer.max_steps": 2})
-    assert peftlight(arguments, tmp_path)[0] == 0
-    monkeypatch.setenv("PL_FIT__OPTIMIZER__LR", "0.5")
-    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+def test_a_resume_is_of_the_run_and_not_of_the_environment(encoder: Path, tmp_path: Path) -> None:
+    assert peftlight(command(tmp_path, encoder, "nowhere", **{"trainer.max_steps": 2}), tmp_path)[0] == 0
+    environment = {"PL_FIT__OPTIMIZER__LR": "0.5", "PL_GLOBAL_SEED": "7"}
     more = ["--trainer.max_steps=4", "--allow_changes", "trainer.max_steps"]
-    code, told = peftlight(["fit", "--resume", recorded(tmp_path)["run"], *more], tmp_path)
+    code, told = peftlight(["fit", "--resume", recorded(tmp_path)["run"], *more], tmp_path, environment=environment)
     assert code == 0, told
-    assert json.loads((recorded(tmp_path)["run"] / "run.json").read_text())["steps"] == 4
+    assert recorded(tmp_path)["steps"] == 4

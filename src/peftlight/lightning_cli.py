@@ -25,6 +25,7 @@ import peftlight.processes  # so that Lightning knows fsdp2
 import peftlight.strategies  # noqa: F401  # so that LoRA and the others are found by their short names
 from peftlight import own_modules
 from peftlight.callbacks import Checkpoints, FirstSteps, PredictionWriter, Progress, RunRecord, Stopping
+from peftlight.callbacks.chosen_loggers import LoggedConfig, make_loggers, run_folder_by_default, settle_places
 from peftlight.callbacks.metrics_file import MetricsFile
 from peftlight.checkpoint_files import AtomicCheckpoints
 from peftlight.class_changes import ClassChanges
@@ -73,7 +74,7 @@ def run(arguments: Sequence[str]) -> None:
     before = sys.argv
     sys.argv = [before[0], *arguments]  # where Lightning looks, also to start further processes
     try:
-        with kept_for_log(), seeds_put_back():
+        with kept_for_log(), seeds_put_back(), run_folder_by_default():
             for remark in [] if shows_help else remarks:
                 say(remark)
             PeftlightCLI(beginning)
@@ -102,6 +103,7 @@ class PeftlightCLI(LightningCLI):
         self.record: RunRecord | None = None
         self.remarks: list[str] = []
         """What is said of the configuration at the start."""
+        self._logger: Any = None
         strict = {"exit_on_error": False, "allow_abbrev": False}
         try:
             super().__init__(
@@ -186,6 +188,10 @@ class PeftlightCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Values that only the classes themselves can refuse are errors of the configuration too."""
+        trainer = self._get(self.config, "trainer")
+        self._logger, trainer["logger"] = trainer.get("logger"), None  # they are made when the run has its folder
+        given = [one.value for one in read_given(self.beginning.arguments) if one.path[:2] == ("trainer", "logger")]
+        settle_places(_sections(self._logger), given)
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
@@ -193,6 +199,7 @@ class PeftlightCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer", default={})
+        self._get(self.config, "trainer")["logger"] = self._logger
         check_limits(self.beginning.arguments, config)
         refuse_other_distribution(config.get("strategy"))
         folder = self._run_folder(config)
@@ -217,7 +224,14 @@ class PeftlightCLI(LightningCLI):
         watch = Watch()
         watch.at_end = lambda error: self._leave(nothing_done=True)  # until the record is there to tell of it
         begins = self.beginning.callbacks(text)
-        own = [watch, *begins, self.record, FirstSteps(self.record), PredictionWriter(folder)]
+        own = [
+            watch,
+            *begins,
+            self.record,
+            LoggedConfig(self.record),
+            FirstSteps(self.record),
+            PredictionWriter(folder),
+        ]
         if config.get("enable_progress_bar") is not False:
             own.append(Progress())
         if config.get("enable_checkpointing") is not False:
@@ -225,10 +239,9 @@ class PeftlightCLI(LightningCLI):
         return own
 
     def _loggers(self, folder: Path, config: Any) -> list[Logger] | bool:
-        if config.get("logger") is False or config.get("fast_dev_run"):
+        if self._logger is False or config.get("fast_dev_run"):
             return False
-        chosen = config.get("logger")
-        return [MetricsFile(folder), *(_as_list(chosen) if chosen is not True else [])]
+        return [MetricsFile(folder), *make_loggers(_sections(self._logger), folder)]
 
     def _precision(self, accelerator: Any) -> str:
         dtype = self._get(self.config_init, "model").dtype_of_base
@@ -285,6 +298,11 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _sections(logger: Any) -> list[Any]:
+    """Those of a configuration that name classes: it may also be true or false."""
+    return [each for each in _as_list(logger) if not isinstance(each, bool)]
 
 
 def _with_checkpoints(plugins: list[Any]) -> list[Any]:
