@@ -138,6 +138,12 @@ CLASSES = [
         "'val_accuracy'",
         "val_loss",
     ),
+    _over(
+        "an average of ranks that are cut",
+        f"{_of_strategy('class_path: AdaLoRA')}\ntrainer:\n  callbacks: [{{class_path: EMAWeightAveraging}}]\n",
+        "EMAWeightAveraging does not go with AdaLoRA",
+        "another strategy",
+    ),
     row(
         "callbacks that would replace others",
         "fit --config run.yaml --config one.yaml --config two.yaml",
