@@ -8,10 +8,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
 
+from lightning.pytorch import LightningDataModule
+
 from peftlight import data as families
 from peftlight import tasks
 from peftlight.config_errors.given import read_given
-from peftlight.data import DataFamily
 from peftlight.errors import UserError, listed, nearest
 from peftlight.interop.folder import OF_RUN
 from peftlight.interop.run_facts import SETTINGS, Section, read_settings
@@ -61,15 +62,15 @@ class RunConfig:
         own = {key: value for key, value in given.items() if key not in _OF_TRAINING}
         return {} if kind is None else self._checked(kind, own)
 
-    def make_data(self) -> DataFamily:
-        """The data.
+    def make_data(self) -> LightningDataModule:
+        """The data: a family of ours, or a class of the user's.
 
         Raises:
             UserError: the class, an option or a value is not right.
         """
         if "class_path" not in self.data:
             raise UserError(f"{self.where} names no class of data: data: {{class_path: TextClassification, ...}}")
-        kind = self._class(self.data, families, DataFamily)
+        kind = self._class(self.data, families, LightningDataModule)
         options = self._checked(kind, self.data.get("init_args") or {})
         if not self.trusted:
             options = {name: value for name, value in options.items() if name in ROWS}
@@ -97,6 +98,7 @@ class RunConfig:
 
     def _checked(self, kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
         hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+        hints = {**dict.fromkeys(inspect.signature(kind).parameters, Any), **hints}
         for name, value in options.items():
             if name not in hints:
                 raise UserError(f"{self.where}: {kind.__name__} has no option {name!r}.{nearest(name, hints)}")

@@ -20,7 +20,9 @@ from peftlight.quantization import Quantization
 from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
+from peftlight.tasks.columns import reads_columns
 from peftlight.tasks.distribution import refuse_other_distribution
+from peftlight.tasks.loaders_apart import LoadersApart
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
 from peftlight.tasks.optimizer_step import OptimizerStep
 from peftlight.tasks.precision import tell_of_slow_precision
@@ -91,7 +93,7 @@ class PEFTModule(LightningModule):
         self.guard = Guard()
         self.learning_rate: float | None = None
         """In place of the optimizer's own, where it was found: Lightning's LearningRateFinder and Tuner set it."""
-        self.search = Search(self)
+        self.search, self.loaders = Search(self), LoadersApart(self)
         self._last_step = 0
         self._prepared = False
         self.initial: Initial | None = None
@@ -120,8 +122,15 @@ class PEFTModule(LightningModule):
     def log_whole(self, values: Mapping[str, Tensor], prog_bar: bool = True) -> None:
         """Log what is the same in all processes; Lightning would recommend to average it over them."""
         for name in values if self.trainer.world_size > 1 else ():
-            warnings.filterwarnings("ignore", f"It is recommended to use `self.log\\({re.escape(repr(name))}")
+            named = re.escape(repr(name + self.loaders.suffix))
+            warnings.filterwarnings("ignore", f"It is recommended to use `self.log\\({named}")
         self.log_dict(values, prog_bar=prog_bar)
+
+    def log(self, name: str, *args: Any, **options: Any) -> None:
+        """As Lightning does; in the metrics of one loader of several, with its number in the name."""
+        if self.loaders.suffix:
+            name, options["add_dataloader_idx"] = name + self.loaders.suffix, False
+        super().log(name, *args, **options)
 
     def heads(self, model: nn.Module, new: Sequence[str]) -> list[str]:
         """Modules trained whole by default, given the names of the parameters that no file held."""
@@ -161,7 +170,8 @@ class PEFTModule(LightningModule):
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What of a batch the model reads, labels left out."""
-        return {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
+        others = {key: batch[key] for key in ("attention_mask", "token_type_ids") if key in batch}
+        return {"input_ids": batch["input_ids"], **others}
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The model's scores for a batch, labels left out."""
@@ -208,6 +218,7 @@ class PEFTModule(LightningModule):
             delta.check_length(longest_row(self._datamodule(), "train", "validation"))
         self._tokens.start()
 
+    @reads_columns
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         loss_sum, labels = self.loss(batch)
         self._tokens.add(batch)
@@ -271,23 +282,29 @@ class PEFTModule(LightningModule):
     def on_validation_end(self) -> None:
         self._tokens.start()  # it was no training time
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    @reads_columns
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.loaders.meet(dataloader_idx)
         self.evaluate("val", batch)
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    @reads_columns
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.loaders.meet(dataloader_idx)
         self.evaluate("test", batch)
 
     def on_validation_epoch_start(self) -> None:
+        self.loaders.start()
         self.start_over("val")
 
     def on_test_epoch_start(self) -> None:
+        self.loaders.start()
         self.start_over("test")
 
     def on_validation_epoch_end(self) -> None:
-        self.report("val")
+        self.loaders.report("val")
 
     def on_test_epoch_end(self) -> None:
-        self.report("test")
+        self.loaders.report("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         self._state.load_data()

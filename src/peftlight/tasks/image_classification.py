@@ -9,6 +9,7 @@ from peftlight.errors import UserError
 from peftlight.pretrained import Source
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.classifier import Classifier
+from peftlight.tasks.columns import reads_columns
 
 
 class ImageClassification(Classifier):
@@ -67,6 +68,7 @@ class ImageClassification(Classifier):
                 "Set data.image_size, or choose another data.image_processor."
             ) from error
 
+    @reads_columns
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each image: its id, its file, the label, the label's probability, and all probabilities."""
         records = self.records(batch)
