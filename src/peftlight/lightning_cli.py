@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -35,7 +35,6 @@ from peftlight.config_errors.given import read_given
 from peftlight.config_errors.of_the_run import explained
 from peftlight.config_errors.trainer_limits import check_limits
 from peftlight.console import kept_for_log, say
-from peftlight.data import DataFamily
 from peftlight.environment import HANDED_ON, RUN_FOLDER, is_first_process
 from peftlight.environment_options import options_of_environment, seeds_put_back
 from peftlight.errors import UserError, listed
@@ -108,7 +107,7 @@ class PeftlightCLI(LightningCLI):
         try:
             super().__init__(
                 PEFTModule,
-                DataFamily,
+                LightningDataModule,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,

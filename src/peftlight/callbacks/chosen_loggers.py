@@ -106,7 +106,7 @@ class LoggedConfig(Callback):
         facts = {**flat(yaml.safe_load(config)), "run_folder": str(self.run_record.folder)}
         for logger in (each for each in trainer.loggers if not isinstance(each, MetricsFile)):
             logger.log_hyperparams(facts)
-            experiment = getattr(logger, "experiment", None)
+            experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_text"):  # TensorBoard's
                 experiment.add_text("config", "".join(f"    {line}\n" for line in config.splitlines()))
 

@@ -1,6 +1,7 @@
 """Predictions: written to a file by `predict`, or shown for a few texts when a fit ends."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from peftlight.console import say
+from peftlight.errors import UserError, listed
 from peftlight.files import write_text
 from peftlight.gather import gathered
 from peftlight.tasks import PEFTModule, TaskCallback
@@ -29,8 +31,13 @@ class PredictionWriter(Callback):
         self._records.extend(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        records = {record["id"]: record for part in gathered(self._records) for record in part}
+        every = [record for part in gathered(self._records) for record in part]
+        records = {record["id"]: record for record in every}
         self._records = []
+        if len(records) < len(every):
+            twice = [row for row, count in Counter(record["id"] for record in every).items() if count > 1]
+            raise UserError(f"Several rows to predict have the same number in the column 'row', as {listed(twice, 4)}: "
+                            "each needs one of its own, or their predictions could not be told apart.")  # fmt: skip
         if trainer.is_global_zero:
             path = self.folder / "predictions.jsonl"
             write_text(path, as_lines(records[row] for row in sorted(records)))

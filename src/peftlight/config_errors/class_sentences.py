@@ -1,6 +1,7 @@
 """What a person reads about classes: a function for each kind of problem. An empty text leaves it to the next kind."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 from peftlight.config_errors.given import Path, class_given
@@ -55,6 +56,11 @@ def wrong_kind(problem: Problem) -> str:
     at = problem.at(problem.path, name)
     meant = near(name.rpartition(".")[2], known)
     return f"{at} {name} is not a {wanted}.{meant}" + (f"\n  Known: {listed(sorted(known), 24)}." if known else "")
+
+
+def value_of_wrong_kind(problem: Problem) -> str:
+    """The same, told without the class's name, which is the value."""
+    return "" if problem.value is None else wrong_kind(replace(problem, words=(problem.value, *problem.words)))
 
 
 def ambiguous(problem: Problem) -> str:

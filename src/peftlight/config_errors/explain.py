@@ -22,6 +22,7 @@ _SENTENCES: dict[str, Callable[[Problem], str]] = {
     r"the following arguments are required: (.*)": sentences.missing,
     rf"{_KIND}:\s+(?:No module named '([^']+)'|.* has no attribute '([^']+)')": class_sentences.no_such_class,
     r"Import path (\S+) does not correspond to a subclass of (\w+)": class_sentences.wrong_kind,
+    r"Import path does not correspond to a subclass of (\w+)": class_sentences.value_of_wrong_kind,
     r"--(\S+)\.help: Expected a dot import path string: (\S+)": class_sentences.unknown_class,
     r"Expected a dot import path string: (\S*)": class_sentences.unknown_class,
     r"Multiple subclasses with name (\w+)\. Give the full class path.*?: (.*)\.": class_sentences.ambiguous,

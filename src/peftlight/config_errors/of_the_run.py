@@ -60,6 +60,20 @@ def _port_taken(arguments: Sequence[str], port: str) -> str:
     )
 
 
+def _one_to_predict(arguments: Sequence[str]) -> str:
+    return (
+        "predict_dataloader of the data gives several loaders; predictions are written of one, by the numbers of its "
+        "rows. Return one, of a torch.utils.data.ConcatDataset for example."
+    )
+
+
+def _by_position(arguments: Sequence[str], name: str) -> str:
+    return (
+        f"A DataLoader of the data gets its {name} by position, and Lightning, which makes it anew to share out the "
+        f"rows, cannot tell it from its own. Name it: DataLoader(rows, {name}=...)."
+    )
+
+
 _SENTENCES: dict[str, Callable[..., str]] = {
     r"Early stopping conditioned on metric `([^`]+)` which is not available.*?following: (.*)": _no_metric,
     r"ModelCheckpoint\(monitor='([^']+)'\)` could not find .*?: \[(.*?)\]": _no_metric,
@@ -67,6 +81,8 @@ _SENTENCES: dict[str, Callable[..., str]] = {
     r"You set `--ntasks=(\d+)` in your SLURM": _tasks,
     r"mixed dtype \(CPU\)": _half_on_cpu,
     r"(CUDA) out of memory": _no_memory,
+    r"multiple `predict_dataloader`": _one_to_predict,
+    r"can be passed to its parent's `(\w+)=": _by_position,
     r"failed to listen.*port: (\d+).*EADDRINUSE": _port_taken,
 }
 """What the libraries say."""

@@ -6,19 +6,19 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+import peftlight.data  # noqa: F401  # whose classes are those that are known
 from peftlight.config_errors.given import Given, Path, class_given
-from peftlight.data import DataFamily
 from peftlight.tasks import PEFTModule
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 _TOP = {
     "model": PEFTModule,
-    "data": DataFamily,
+    "data": LightningDataModule,
     "trainer": dict,
     "optimizer": Optimizer,
     "lr_scheduler": LRScheduler | ReduceLROnPlateau,

@@ -1,5 +1,6 @@
 """The LightningDataModule of all families of data: fields, stages and loaders."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ _GIVE = {
 
 
 @dataclass(eq=False, kw_only=True)
-class DataFamily(LightningDataModule):
+class DataFamily(LightningDataModule, ABC):
     """Rows from files or the hub for each stage; a kind of data says how they are prepared and put into batches."""
 
     column_names: ClassVar[tuple[str, ...]] = ()
@@ -94,13 +95,13 @@ class DataFamily(LightningDataModule):
 
     # ---- what a kind of data defines
 
+    @abstractmethod
     def prepare(self, stage: str | None) -> Preparation[Any]:
         """The stage's data sets, through the cache."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collator(self, role: str) -> Collate:
         """What makes a batch of a role's rows."""
-        raise NotImplementedError
 
     def find_label_names(self, train: Callable[[], Any]) -> list[str] | None:
         """The names of the classes, where a family has classes; `train` gives the training split's content."""

@@ -1,5 +1,6 @@
 """The LightningDataModule of all text families: tokens, padding and their fields."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,9 +32,9 @@ class TextData(DataFamily):
         self._given_tokenizer = self.tokenizer
         self._pad_id = 0
 
+    @abstractmethod
     def encoder(self, purpose: Purpose, label_names: Sequence[str] | None) -> Encoder:
         """How rows become tokens: the one thing a family has to say."""
-        raise NotImplementedError
 
     def prepare(self, stage: str | None) -> TextPreparation:
         """The stage's splits as tokens."""

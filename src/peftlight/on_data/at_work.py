@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from peftlight import tasks
 from peftlight.class_paths import found, unknown
-from peftlight.data import DataFamily
 from peftlight.errors import UserError, listed
 from peftlight.interop import read_record
 from peftlight.on_data.chosen_data import Choice, SameClasses, chosen_data
@@ -35,7 +34,7 @@ class OnData:
     task: type[PEFTModule]
     options: dict[str, Any]
     """The task's own."""
-    data: DataFamily
+    data: LightningDataModule
     precision: str
 
     def module(self, name: str | None) -> PEFTModule:

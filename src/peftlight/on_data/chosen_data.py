@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from peftlight.data import DataFamily, TextData
 from peftlight.errors import UserError, listed
@@ -40,11 +40,11 @@ class Choice:
     """Names of the rows' columns by ours; None: as the configuration says."""
 
 
-def chosen_data(opened: Opened, task: type[PEFTModule], config: RunConfig, choice: Choice) -> DataFamily:
+def chosen_data(opened: Opened, task: type[PEFTModule], config: RunConfig, choice: Choice) -> LightningDataModule:
     """The data of the configuration, changed as it is chosen.
 
     Raises:
-        UserError: nothing says what the data is.
+        UserError: nothing says what the data is, or it is a class of the user's that cannot be changed so.
     """
     kind = choice.kind or (None if config.data else _family_of(task))
     if kind is not None:
@@ -58,6 +58,11 @@ def chosen_data(opened: Opened, task: type[PEFTModule], config: RunConfig, choic
     refuse_other_data(task, data)
     chosen = {"batch_size": choice.batch_size, "columns": choice.columns}
     changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    if not isinstance(data, DataFamily):
+        if changes or choice.source is not None:
+            raise UserError(f"{type(data).__name__} is a class of your own: which rows it gives, and how many in a "
+                            "batch, is set by its options in the section `data` of --config.")  # fmt: skip
+        return data
     if choice.source is not None:
         changes |= _elsewhere(data, choice, _known_classes(opened, choice, of_run=kind is None))
     return _with_padding(dataclasses.replace(data, **changes), opened)
@@ -99,13 +104,13 @@ class SameClasses(Callback):
         self.opened = opened
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        data: DataFamily = trainer.datamodule  # type: ignore[attr-defined]
-        names = data.label_names
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        names, where = getattr(data, "label_names", None), getattr(data, "source", type(data).__name__)
         for name in self.opened.adapters.names if names else ():
             own = classes_of(self.opened, name)
             if not _same(own, names or ()):
                 raise UserError(
-                    f"The adapter {name!r} tells {len(own)} classes apart ({listed(own)}), but {data.source} has "
+                    f"The adapter {name!r} tells {len(own)} classes apart ({listed(own)}), but {where} has "
                     f"{len(names or ())} ({listed(names or ())}). Leave the adapter out, or give data with its "
                     "classes; what they are called, in order, is `labels` in the data's section of --config."
                 )

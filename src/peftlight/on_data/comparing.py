@@ -78,14 +78,18 @@ def compare(on: OnData, split: Literal["validation", "test"], limit: int | None)
     Raises:
         UserError: the data cannot be read, or an adapter does not fit it.
     """
-    batches = None if limit is None else math.ceil(limit / on.data.batch_size)
+    size, kind = getattr(on.data, "batch_size", None), type(on.data).__name__
+    if limit is not None and size is None:
+        raise UserError(f"--limit counts rows, and {kind} has no attribute batch_size to tell how many a batch has.")
+    batches = None if limit is None or size is None else math.ceil(limit / size)
     rows = [_measured(on, name, split, batches) for name in (None, *on.opened.adapters.names)]
-    if split == "test" and on.data.tests_on_validation:
-        raise UserError(f"{on.data.source} has no test rows with answers. Give them with --source, or compare on the "
+    if split == "test" and getattr(on.data, "tests_on_validation", False):
+        where = getattr(on.data, "source", kind)
+        raise UserError(f"{where} has no test rows with answers. Give them with --source, or compare on the "
                         "validation rows: --split validation")  # fmt: skip
     data = {
-        "class": type(on.data).__name__, "source": on.data.source, "split": split,
-        "fingerprint": on.data.fingerprint, "limit": limit,
+        "class": kind, "source": getattr(on.data, "source", None), "split": split,
+        "fingerprint": getattr(on.data, "fingerprint", None), "limit": limit,
     }  # fmt: skip
     return Comparison(data, rows)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
 
+from lightning.pytorch import LightningDataModule
+
 from peftlight import data as families
 from peftlight import tasks
 from peftlight.class_paths import UnknownClass, found, is_ours
 from peftlight.config_errors.given import read_given
-from peftlight.data import DataFamily
 from peftlight.errors import UserError, listed, nearest
 from peftlight.interop.folder import OF_RUN
 from peftlight.interop.run_facts import SETTINGS, Section, read_settings
@@ -64,15 +65,15 @@ class RunConfig:
         own = {key: value for key, value in given.items() if key not in _OF_TRAINING}
         return {} if kind is None else self._checked(kind, own, _OF_TRAINING)
 
-    def make_data(self) -> DataFamily:
-        """The data.
+    def make_data(self) -> LightningDataModule:
+        """The data: a family of ours, or a class of the user's.
 
         Raises:
             UserError: the class, an option or a value is not right.
         """
         if "class_path" not in self.data:
             raise UserError(f"{self.where} names no class of data: data: {{class_path: TextClassification, ...}}")
-        kind = self._class(self.data, families, DataFamily)
+        kind = self._class(self.data, families, LightningDataModule)
         options = self._checked(kind, self.data.get("init_args") or {})
         if not self.trusted:
             read = ROWS if is_ours(kind) else {*ROWS, *own_names(kind)}
@@ -109,6 +110,7 @@ class RunConfig:
                                 f"give the configuration by name: --config {self.where}")  # fmt: skip
             return made_options(kind, options, self.where, skip)
         hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+        hints = {**dict.fromkeys(inspect.signature(kind).parameters, Any), **hints}
         for name, value in options.items():
             if name not in hints:
                 raise UserError(f"{self.where}: {kind.__name__} has no option {name!r}.{nearest(name, hints)}")

@@ -25,11 +25,13 @@ from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
 from peftlight.tasks.added_groups import follow
+from peftlight.tasks.columns import reads_columns
 from peftlight.tasks.copies import copied
 from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.early_base import load_base_early
 from peftlight.tasks.ending import Ending, Validated
 from peftlight.tasks.from_checkpoint import FromCheckpoint
+from peftlight.tasks.loaders_apart import LoadersApart
 from peftlight.tasks.once import Once
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule, plan_by_steps
 from peftlight.tasks.optimizer_step import OptimizerStep
@@ -123,7 +125,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
         self.register_load_state_dict_post_hook(forget_frozen)
         self.learning_rate: float | None = None
         """In place of the optimizer's own, where it was found: Lightning's LearningRateFinder and Tuner set it."""
-        self.search = Search(self)
+        self.search, self.loaders = Search(self), LoadersApart(self)
         self._last_step = 0
         self._prepared = False
         self.initial: Initial | None = None
@@ -155,8 +157,15 @@ class PEFTModule(FromCheckpoint, LightningModule):
     def log_whole(self, values: Mapping[str, Tensor], prog_bar: bool = True) -> None:
         """Log what is the same in all processes; Lightning would recommend to average it over them."""
         for name in values if self.trainer.world_size > 1 else ():
-            warnings.filterwarnings("ignore", f"It is recommended to use `self.log\\({re.escape(repr(name))}")
+            named = re.escape(repr(name + self.loaders.suffix))
+            warnings.filterwarnings("ignore", f"It is recommended to use `self.log\\({named}")
         self.log_dict(values, prog_bar=prog_bar)
+
+    def log(self, name: str, *args: Any, **options: Any) -> None:
+        """As Lightning does; in the metrics of one loader of several, with its number in the name."""
+        if self.loaders.suffix:
+            name, options["add_dataloader_idx"] = name + self.loaders.suffix, False
+        super().log(name, *args, **options)
 
     def heads(self, model: nn.Module, new: Sequence[str]) -> list[str]:
         """Modules trained whole by default, given the names of the parameters that no file held."""
@@ -208,7 +217,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What of a batch the model reads, labels left out."""
-        return {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
+        others = {key: batch[key] for key in ("attention_mask", "token_type_ids") if key in batch}
+        return {"input_ids": batch["input_ids"], **others}
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The model's scores for a batch, labels left out; of the batch under evaluation they are computed once."""
@@ -264,6 +274,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
             delta.check_length(longest_row(self._datamodule(), "train", "validation"))
         self._tokens.start()
 
+    @reads_columns
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         if self.unfreezing.look():
             self._step.look_again()
@@ -345,27 +356,32 @@ class PEFTModule(FromCheckpoint, LightningModule):
     def on_validation_end(self) -> None:
         self._tokens.start()  # it was no training time
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", batch)
+    @reads_columns
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate("val", batch, dataloader_idx)
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", batch)
+    @reads_columns
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate("test", batch, dataloader_idx)
 
-    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+    def _evaluate(self, stage: str, batch: Mapping[str, Tensor], loader: int) -> None:
+        self.loaders.meet(loader)
         with self._once.within(batch):  # the loss and the metrics look at the same scores
             self.evaluate(stage, batch)
 
     def on_validation_epoch_start(self) -> None:
+        self.loaders.start()
         self.start_over("val")
 
     def on_test_epoch_start(self) -> None:
+        self.loaders.start()
         self.start_over("test")
 
     def on_validation_epoch_end(self) -> None:
-        self.report("val")
+        self.loaders.report("val")
 
     def on_test_epoch_end(self) -> None:
-        self.report("test")
+        self.loaders.report("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         self._state.load_data()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from peftlight.errors import UserError
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.base import PEFTModule
+from peftlight.tasks.columns import reads_columns
 from peftlight.tasks.kinds import check_kinds
 from peftlight.tasks.row_length import longest_row
 from peftlight.tasks.token_losses import TokenLosses, figures, token_loss
@@ -99,6 +100,7 @@ class CausalLM(PEFTModule):
         for delta in self.adapter.sites.values():
             delta.check_length(longest + new)
 
+    @reads_columns
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: its id, the prompt, and what the model writes after it."""
         assert self.model is not None

@@ -8,6 +8,7 @@ from torch import Tensor
 from peftlight.errors import UserError
 from peftlight.pretrained import Source
 from peftlight.tasks.classifier import Classifier
+from peftlight.tasks.columns import reads_columns
 
 
 class ImageClassification(Classifier):
@@ -41,6 +42,7 @@ class ImageClassification(Classifier):
                 "Set data.image_size, or choose another data.image_processor."
             ) from error
 
+    @reads_columns
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each image: its id, its file, the label, the label's probability, and all probabilities."""
         records = self.records(batch)

@@ -9,6 +9,7 @@ from peftlight.errors import UserError
 from peftlight.shards import is_sharded
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.base import PEFTModule
+from peftlight.tasks.columns import reads_columns
 from peftlight.tasks.kinds import check_kinds
 from peftlight.tasks.text_scores import TextScores
 from peftlight.tasks.token_losses import IGNORED, TokenLosses, figures, token_loss
@@ -99,6 +100,7 @@ class Seq2Seq(PEFTModule):
         if self.generate_rows != 0:
             self.log_whole(self.scores.figures(stage))
 
+    @reads_columns
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: its id, the source as it was read, and what the model writes."""
         rows = batch["row"].tolist()

@@ -9,6 +9,7 @@ from torchmetrics.classification import BinaryF1Score, MulticlassConfusionMatrix
 
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.classifier import Classifier
+from peftlight.tasks.columns import reads_columns
 from peftlight.tasks.token_losses import IGNORED
 
 _MOST_COUNTS_LOGGED = 5
@@ -56,6 +57,7 @@ class SequenceClassification(Classifier):
         if self.pad_token_id is not None and hasattr(config, "get_text_config"):
             config.get_text_config().pad_token_id = self.pad_token_id
 
+    @reads_columns
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: its id, the label, the label's probability, and all probabilities."""
         return self.records(batch)

@@ -8,6 +8,7 @@ from torchmetrics import Metric
 
 from peftlight.errors import UserError
 from peftlight.tasks.classifier import Classifier
+from peftlight.tasks.columns import reads_columns
 from peftlight.tasks.entities import EntityScores, marks_entities
 
 
@@ -27,6 +28,7 @@ class TokenClassification(Classifier):
             return of_words
         return {"accuracy": of_words["accuracy"], "entities": EntityScores(self.label_names or ())}
 
+    @reads_columns
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: its id, its words, and a tag for each; none for words that were cut off."""
         words_of = getattr(self._datamodule(), "words_of", None)
