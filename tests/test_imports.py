@@ -21,14 +21,15 @@ ROOMS = {
     "targets": {"linear", "architectures", "paths", "layer_ranges"},
     "head_size": {"paths"},
     "wrappers": set(),
-    "strategy": {"delta", "head_size", "linear", "paths", "targets", "wrappers"},
+    "turns": {"delta", "wrappers"},
+    "strategy": {"delta", "head_size", "linear", "paths", "targets", "turns", "wrappers"},
     "reach": set(),
     "liveness": {"reach", "strategy"},
     "finite": set(),
     "divergence": {"finite"},
     "matrices": {"delta"},
     "updates": {"matrices", "strategy", "delta", "linear", "paths"},
-    "combine": {"updates", "matrices", "strategy", "strategies", "delta", "paths"},
+    "combine": {"updates", "matrices", "strategy", "strategies", "delta", "paths", "turns"},
     "blocks": {"paths", "linear"},
     "strategies": {
         "paths",
@@ -59,6 +60,7 @@ ROOMS = {
         "delta",
         "linear",
         "targets",
+        "turns",
         "typed",
         "virtual_tokens",
         "wrappers",
@@ -109,7 +111,7 @@ ROOMS = {
     "config_errors": {"tasks", "data"},
     "row_order": set(),
     "rows": {"delta", "linear", "row_order", "strategy"},
-    "adapters": {"combine", "interop", "rows", "strategy", "wrappers"},
+    "adapters": {"combine", "interop", "rows", "strategy", "turns", "wrappers"},
     "merging": {"delta", "interop", "linear", "paths", "pretrained", "strategy", "strategy_spec"},
     "handover": {"interop", "merging", "pretrained", "strategies"},
     "opening": set(),
@@ -172,7 +174,16 @@ NEVER = {"peft"}
 HEAVY_BELOW = {"lightning", "transformers", "datasets", "bitsandbytes"}
 """What a strategy and everything under it must not know."""
 KNOW_NO_FRAMEWORK = {"linear", "delta", "targets", "blocks", "architectures", "strategy", "strategies"}
-KNOW_NO_FRAMEWORK |= {"virtual_tokens", "entrance", "paths", "head_size", "layer_ranges", "liveness", "wrappers"}
+KNOW_NO_FRAMEWORK |= {
+    "virtual_tokens",
+    "entrance",
+    "paths",
+    "head_size",
+    "layer_ranges",
+    "liveness",
+    "turns",
+    "wrappers",
+}
 KNOW_NO_FRAMEWORK |= {"matrices", "updates", "combine"}
 
 
