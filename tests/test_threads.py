@@ -18,7 +18,7 @@ from peftlight import attach
 from peftlight.adapters import Adapters
 from peftlight.errors import UserError
 from peftlight.quantization import Quantization
-from peftlight.strategies import BitFit, LoRA, PrefixTuning
+from peftlight.strategies import BitFit, BottleneckAdapter, LoRA, PrefixTuning
 from strategies.small import stirred
 
 SECONDS = 0.5
@@ -265,11 +265,21 @@ def test_two_tasks_of_one_thread_are_told_apart(adapters: Adapters, alone: Any) 
     assert "was called by the task" in computed
 
 
-def test_two_threads_compute_with_one_prefix() -> None:
-    """It is handed to the attention by what stands in for its config during the call."""
+HANDED_ON = {
+    "prefix": (lambda: PrefixTuning(num_virtual_tokens=3), "attention.self.key"),
+    "parallel": (lambda: BottleneckAdapter(variant="parallel", reduction_factor=4), "output.dense"),
+}
+"""What is handed from one module to another in a call, and a module between the two."""
+
+
+@pytest.mark.parametrize("kind", HANDED_ON)
+def test_two_threads_compute_with_one_adapter(kind: str) -> None:
+    make_strategy, between = HANDED_ON[kind]
     model = make("bert").eval()
-    stirred(attach(model, PrefixTuning(num_virtual_tokens=3)), 0.3)
-    expected = logits(model)
+    stirred(attach(model, make_strategy()), 0.3)
+    other_input = {"input_ids": inputs_for("bert")["input_ids"].flip(0)}
+    with torch.no_grad():
+        expected, second_expected = logits(model), model(**other_input).logits
     reached, second_done = threading.Event(), threading.Event()
 
     def stop(*_: Any) -> None:
@@ -277,13 +287,14 @@ def test_two_threads_compute_with_one_prefix() -> None:
             reached.set()
             second_done.wait(SECONDS)
 
-    model.get_submodule("bert.encoder.layer.0.attention.self.key").register_forward_pre_hook(stop)
+    model.get_submodule(f"bert.encoder.layer.0.{between}").register_forward_pre_hook(stop)
     first = in_thread(lambda: logits(model))
     assert reached.wait(LIMIT)
-    second = logits(model)
+    with torch.no_grad():
+        second = model(**other_input).logits
     second_done.set()
     assert torch.equal(first.result(LIMIT), expected)
-    assert torch.equal(second, expected)
+    assert torch.equal(second, second_expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
