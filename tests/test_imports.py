@@ -23,7 +23,8 @@ ROOMS = {
     "targets": {"architectures", "candidates", "coverage", "paths", "layer_ranges"},
     "head_size": {"paths"},
     "wrappers": set(),
-    "strategy": {"delta", "head_size", "linear", "paths", "targets", "wrappers"},
+    "turns": {"delta", "wrappers"},
+    "strategy": {"delta", "head_size", "linear", "paths", "targets", "turns", "wrappers"},
     "reach": set(),
     "train_mode": {"strategy"},
     "unreached": {"candidates", "paths", "strategy", "targets"},
@@ -32,7 +33,7 @@ ROOMS = {
     "divergence": {"finite"},
     "matrices": {"delta"},
     "updates": {"matrices", "strategy", "delta", "linear", "paths"},
-    "combine": {"updates", "matrices", "strategy", "strategies", "delta", "paths"},
+    "combine": {"updates", "matrices", "strategy", "strategies", "delta", "paths", "turns"},
     "blocks": {"paths", "linear"},
     "strategies": {
         "candidates",
@@ -70,6 +71,7 @@ ROOMS = {
         "delta",
         "linear",
         "targets",
+        "turns",
         "typed",
         "virtual_tokens",
         "wrappers",
@@ -128,7 +130,7 @@ ROOMS = {
     "class_changes": {"config_errors"},
     "row_order": set(),
     "rows": {"delta", "linear", "row_order", "strategy"},
-    "adapters": {"combine", "interop", "rows", "strategy", "wrappers"},
+    "adapters": {"combine", "interop", "rows", "strategy", "turns", "wrappers"},
     "merging": {"delta", "interop", "linear", "paths", "pretrained", "strategy", "strategy_spec"},
     "handover": {"class_paths", "interop", "merging", "pretrained", "strategies"},
     "opening": set(),
@@ -210,7 +212,7 @@ HEAVY_BELOW = {"lightning", "transformers", "datasets", "bitsandbytes"}
 """What a strategy and everything under it must not know."""
 KNOW_NO_FRAMEWORK = {"linear", "delta", "targets", "blocks", "architectures", "strategy", "strategies"}
 KNOW_NO_FRAMEWORK |= {"virtual_tokens", "entrance", "paths", "head_size", "layer_ranges", "liveness"}
-KNOW_NO_FRAMEWORK |= {"candidates", "coverage", "train_mode", "wrappers"}
+KNOW_NO_FRAMEWORK |= {"candidates", "coverage", "train_mode", "turns", "wrappers"}
 KNOW_NO_FRAMEWORK |= {"matrices", "updates", "combine"}
 
 

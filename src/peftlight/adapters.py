@@ -12,6 +12,7 @@ from peftlight.errors import UserError, listed, nearest
 from peftlight.interop import load_adapter
 from peftlight.rows import by_rows
 from peftlight.strategy import Adapter, PEFTStrategy, attach
+from peftlight.turns import turn
 from peftlight.wrappers import plain_model
 
 _OPTIONS: dict[str, Any] = {"keep_base": True, "own_heads": True}
@@ -22,6 +23,11 @@ class Adapters:
     """The adapters of one base model by name, each of any strategy.
 
     The base is frozen, and a new adapter is off: `use` chooses what the model computes with, `train` what trains.
+
+    All threads share the model and what is on. Several threads that compute with different adapters do so within
+    `using` or `rows`, which wait for each other. What would give a wrong result is an error instead, in one of the
+    threads: switching while another one computes, computing within another one's block, and computing after another
+    one has switched what this one had chosen. Threads that only compute need nothing.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,15 +75,35 @@ class Adapters:
         """Let the model compute with the adapters of these names and no others; with none, or None, as the bare base.
 
         Raises:
-            UserError: there is no such adapter, or two of them train the same tensor of the base.
+            UserError: there is no such adapter, two of them train the same tensor of the base, or another thread
+                computes with the model.
         """
         chosen = [self[name] for name in names if name is not None]
         _check_apart(chosen)
-        for adapter in self:
-            if adapter not in chosen:
-                adapter.disable()
-        for adapter in chosen:
-            adapter.enable()
+        with turn(self.model, chooses=True, short=True):
+            for adapter in self:
+                if adapter not in chosen:
+                    adapter.disable()
+            for adapter in chosen:
+                adapter.enable()
+
+    @contextmanager
+    def using(self, *names: str | None) -> Iterator[None]:
+        """Within the block the model computes with the adapters of these names, and for this thread alone.
+
+        Another thread that comes to `using`, `rows`, `use` or another switch waits until the block has ended. After it
+        those are in use that were before.
+
+        Raises:
+            UserError: as for `use`.
+        """
+        with turn(self.model):
+            before = self.in_use
+            self.use(*names)
+            try:
+                yield
+            finally:
+                self.use(*before)
 
     def train(self, *names: str) -> None:
         """Let the parameters of the adapters of these names have gradients and no others; those must be in use.
@@ -105,10 +131,13 @@ class Adapters:
     def rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
         """Within the block, row i of a batch is computed with the adapter `names[i]`, with None by the bare base.
 
+        The model computes for this thread alone there: another one that comes to `rows` or `using` waits.
+
         Raises:
-            UserError: there is no such adapter, or it does not act on each row apart.
+            UserError: there is no such adapter, it does not act on each row apart, or another thread computes with the
+                model.
         """
-        return by_rows({name: self[name] for name in names if name is not None}, names, self._all_off)
+        return by_rows({name: self[name] for name in names if name is not None}, names, self.using)
 
     @property
     def names(self) -> list[str]:
@@ -136,22 +165,13 @@ class Adapters:
         if name in self._adapters:
             raise UserError(f"The name {name!r} is taken by a {type(self[name].strategy).__name__}; choose another.")
         trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
-        with self._all_off():  # the new one has to meet the base's own values
+        with self.using():  # the new one has to meet the base's own values
             adapter = make()
             adapter.disable()
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trainable)
         self._adapters[name] = adapter
         return adapter
-
-    @contextmanager
-    def _all_off(self) -> Iterator[None]:
-        used = self.in_use
-        self.use()
-        try:
-            yield
-        finally:
-            self.use(*used)
 
 
 def _check_apart(adapters: Sequence[Adapter]) -> None:

@@ -7,10 +7,12 @@ cache, not the positions, not the model's masks.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,9 @@ from torch import Tensor, nn
 from peftlight.errors import UserError
 
 _NAME = "peftlight_prefix"
+_TURNS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""A lock for each attention; several adapters may bring a prefix, so one thread may take it several times."""
+_MAKING = threading.Lock()
 
 
 class _Prefixed:
@@ -39,8 +44,8 @@ class _Prefixed:
 def prefixed(module: nn.Module, keys: Tensor, values: Tensor) -> Iterator[None]:
     """Within the block each query of the attention `module` sees the prefix in front of the module's keys and values.
 
-    One thread at a time may compute with the module. Attention weights, where they are asked for, are those on the real
-    keys; what is missing to 1 lies on the prefix.
+    One thread at a time computes with the module; others wait. Attention weights, where they are asked for, are those
+    on the real keys; what is missing to 1 lies on the prefix.
 
     Args:
         module: an attention that `check_prefixable` lets pass.
@@ -51,15 +56,24 @@ def prefixed(module: nn.Module, keys: Tensor, values: Tensor) -> Iterator[None]:
         UserError: the attention's function, or what it was asked for, leaves no place for a prefix.
     """
     _register()
-    config: Any = module.config
-    stand_in = _Prefixed(config, keys, values)
-    module.config = stand_in  # type: ignore[assignment]  # on this instance; the model's config is another reference
-    try:
-        yield
-    finally:
-        module.config = config
+    with _turn_of(module):
+        config: Any = module.config
+        stand_in = _Prefixed(config, keys, values)
+        module.config = stand_in  # type: ignore[assignment]  # on this instance; the model's config is another reference
+        try:
+            yield
+        finally:
+            module.config = config
     if not stand_in.reached:
         raise UserError(f"{type(module).__name__} computed its attention without the prefix. Choose LoRA instead.")
+
+
+def _turn_of(module: nn.Module) -> AbstractContextManager[Any]:
+    """What a thread holds while the module has a stand-in for its config; traced code does not put one there."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    with _MAKING:
+        return _TURNS.setdefault(module, threading.RLock())
 
 
 def check_prefixable(name: str, module: nn.Module) -> None:

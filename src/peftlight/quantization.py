@@ -228,7 +228,7 @@ def hold_still(model: nn.Module) -> None:
 
     On newer CPUs bitsandbytes packs them anew at the first row in eval mode, and rounds their scales: evaluation would
     be on another model than training, and the frozen base would move. And it rounds a layer's bias to the number format
-    of the input, for good.
+    of the input, for good. Several threads may compute with a layer at once.
 
     At each call of a layer it also logs that inputs are cast; it is heard once.
     """
@@ -243,15 +243,17 @@ def hold_still(model: nn.Module) -> None:
 
 
 def _keep_bias(layer: nn.Module, inputs: Any) -> None:
-    bias = layer.bias
-    setattr(layer, _BIAS, bias.data if isinstance(bias, nn.Parameter) else None)
+    """Note the bias, unless another thread's call has rounded it for the moment."""
+    bias, kept = layer.bias, getattr(layer, _BIAS)
+    if isinstance(bias, nn.Parameter) and (kept is None or bias.dtype == kept.dtype):
+        setattr(layer, _BIAS, bias.data)
 
 
 def _put_bias_back(layer: nn.Module, inputs: Any, output: Any) -> None:
     kept = getattr(layer, _BIAS)
-    if kept is not None:
-        layer.get_parameter("bias").data = kept
-        setattr(layer, _BIAS, None)
+    if kept is not None and layer.bias is not None:
+        bias = layer.get_parameter("bias")
+        bias.data = kept.to(bias.device)
 
 
 def _bitsandbytes() -> Any:

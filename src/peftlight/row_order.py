@@ -1,9 +1,11 @@
 """Where the rows of a batch are within a model: which dimension of a module's input counts them, and how often."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftlight.errors import UserError
@@ -28,6 +30,7 @@ class RowOrder:
         self._tried: int | None = None
         """The number of rows while the model is tried with its dummy inputs."""
         self._proven = False
+        self._thread = threading.get_ident()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -59,6 +62,11 @@ class RowOrder:
         Raises:
             UserError: the batch has another number of rows, or the first dimension is not that of the rows.
         """
+        if not torch.compiler.is_compiling() and threading.get_ident() != self._thread:
+            raise UserError(
+                f"A {type(module).__name__} was called by another thread than the one whose rows are computed, so that "
+                "the result would be wrong. Let each thread compute within `rows` or `using`: they wait for each other."
+            )
         rows = self._tried or self.rows
         times, rest = divmod(self._batch, rows)
         if rest or not times or (times > 1 and not self._generates):

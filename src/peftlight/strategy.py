@@ -3,7 +3,8 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,28 @@ from peftlight.linear import is_quantized, weight_of, write_weight
 from peftlight.paths import first_names
 from peftlight.shards import gathered, sharded_like
 from peftlight.targets import matching
+from peftlight.turns import turn
 from peftlight.wrappers import plain_model, refuse_inner_wrappers
 
 _SHOWN = 3
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Method = Callable[Concatenate["Adapter", P], T]
+
+
+def _alone(*, chooses: bool = False) -> Callable[[Method[P, T]], Method[P, T]]:
+    """The method runs while no other thread computes with the model; `chooses` is that of `turn`."""
+
+    def wrap(method: Method[P, T]) -> Method[P, T]:
+        @wraps(method)
+        def alone(adapter: "Adapter", *args: P.args, **kwargs: P.kwargs) -> T:
+            with turn(adapter.model, chooses=chooses, short=True):
+                return method(adapter, *args, **kwargs)
+
+        return alone
+
+    return wrap
 
 
 @dataclass(frozen=True)
@@ -160,6 +180,7 @@ class Adapter:
         with gathered(self.model, self.parameters().values()):
             yield
 
+    @_alone()
     def load_state(self, state: Mapping[str, Tensor], origin: str = "the state") -> None:
         """Copy `state` into the model.
 
@@ -222,6 +243,7 @@ class Adapter:
         strategy = self.strategy.finished(self)
         return replace(self, strategy=strategy, sites={site: delta.finished() for site, delta in self.sites.items()})
 
+    @_alone()
     def merge(self) -> None:
         """Fold the deltas into the weights of their modules, so that they cost nothing; `unmerge` takes it back.
 
@@ -262,6 +284,7 @@ class Adapter:
                     f"{'Unmerge' if shared[0] in other.merged else 'Remove'} that one first."
                 )
 
+    @_alone()
     def unmerge(self) -> None:
         """Restore the weights that `merge` wrote bit for bit, and compute through the deltas again."""
         if self.enabled:
@@ -304,6 +327,7 @@ class Adapter:
     def _where(self, site: str) -> str:
         return f"The adapter {self.name!r} cannot be merged at {site!r}: "
 
+    @_alone(chooses=True)
     def disable(self) -> None:
         """Switch the adapter off: the model computes as it did before `attach`. Nothing is copied.
 
@@ -316,6 +340,7 @@ class Adapter:
             self.aside = self._exchange(self.beneath)
             self._switch(False)
 
+    @_alone(chooses=True)
     def enable(self) -> None:
         """Switch the adapter on again, in the place that it has by the order of attaching.
 
@@ -339,15 +364,21 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the model computes as it did before `attach`."""
-        was = self.enabled
-        self.disable()
-        try:
-            yield
-        finally:
-            if was:
-                self.enable()
+        """Within the block the model computes as it did before `attach`.
 
+        Raises:
+            UserError: another thread computes with the model; it can call the model within the block as little.
+        """
+        with turn(self.model):
+            was = self.enabled
+            self.disable()
+            try:
+                yield
+            finally:
+                if was:
+                    self.enable()
+
+    @_alone()
     def remove(self) -> None:
         """Take the adapter off the model, which is then as if it had never been there, bit for bit.
 
@@ -499,7 +530,7 @@ def attach(
     model = plain_model(model)
     if not name or "." in name:
         raise UserError(f"An adapter's name is not empty and has no dot; got {name!r}.")
-    with unchanged_on_error(model):
+    with turn(model, short=True), unchanged_on_error(model):
         model.requires_grad_(False)
         single = [entry for entry in modules_to_train if entry in dict(model.named_parameters())]
         heads = matching(model, [entry for entry in modules_to_train if entry not in single])

@@ -15,6 +15,7 @@ from peftlight.errors import UserError, listed, nearest
 from peftlight.matrices import Matrix
 from peftlight.paths import heads_of, inside, output_embedding
 from peftlight.strategy import Adapter, adapters_on
+from peftlight.turns import turn
 from peftlight.updates import Updates
 
 
@@ -62,7 +63,7 @@ def combine(
     weights = [1.0] * len(adapters) if weights is None else weights
     _check(adapters, weights, method, rank, density)
     settings = Settings(density or DENSITIES.get(method, 1.0), torch.Generator().manual_seed(seed))
-    with torch.no_grad(), _all_off({*adapters, *adapters_on(adapters[0].model)}):
+    with turn(adapters[0].model), torch.no_grad(), _all_off({*adapters, *adapters_on(adapters[0].model)}):
         updates = [Updates(adapter) for adapter in adapters]
         _check_weights_only(updates)
         heads = _heads(updates, heads_from)

@@ -34,6 +34,7 @@ from peftlight.strategies.stack import Stack
 from peftlight.strategies.trainable_tokens import TrainableTokens
 from peftlight.strategies.vera import VeRA
 from peftlight.strategy import Adapter, PEFTStrategy, attach
+from peftlight.turns import turn
 from peftlight.wrappers import plain_model
 
 # One row for each method that is exchanged with HF PEFT; everything else goes through our own format.
@@ -164,7 +165,7 @@ def load_adapter(
         UserError: the files are missing, damaged, not supported, or do not fit the model, which is as it was.
     """
     folder, model = Path(folder), plain_model(model)
-    with unchanged_on_error(model):
+    with turn(model, short=True), unchanged_on_error(model):
         try:
             files = read_files(folder, convert_pickle)
             held = make_room(model, files.tensors) if own_heads else {}

@@ -3,6 +3,9 @@
 So it needs no module that is the feed-forward part and nothing else: BERT, BART and OPT have none.
 """
 
+import threading
+
+import torch
 from torch import Tensor, nn
 
 from peftlight.delta import Base, Delta
@@ -30,7 +33,7 @@ class ParallelInput(Delta):
         self.relay = relay
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        self.relay.held = x
+        self.relay.hand_over(x)
         h: Tensor = base(x)
         return h
 
@@ -39,12 +42,16 @@ class Relay:
     """Hands x on within one forward of a feed-forward part, and is empty before and after it.
 
     A recomputation for gradient checkpointing hands over anew. It may stop early, but only at or after the last layer,
-    which takes x before it computes anything.
+    which takes x before it computes anything. Each thread that computes with the model has its own x.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.held: Tensor | None = None
+        self.held: dict[int, Tensor] = {}
+        """By the thread's number; 0 in what `torch.compile` traces, which knows of no threads."""
+
+    def hand_over(self, x: Tensor) -> None:
+        self.held[0 if torch.compiler.is_compiling() else threading.get_ident()] = x
 
     def take(self) -> Tensor:
         """The x handed over.
@@ -52,7 +59,8 @@ class Relay:
         Raises:
             UserError: there is none.
         """
-        x, self.held = self.held, None
+        x = None if torch.compiler.is_compiling() else self.held.pop(threading.get_ident(), None)
+        x = self.held.pop(0, None) if x is None else x
         if x is None:
             raise UserError(f"The parallel adapter has no input, because {self.source} was not called before it.")
         return x
