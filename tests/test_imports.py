@@ -14,19 +14,21 @@ SOURCE = Path(__file__).parents[1] / "src" / "peftlight"
 FREE = {"environment", "errors", "files", "gather", "locks", "shards", "signals"}
 ROOMS = {
     "linear": set(),
-    "delta": set(),
+    "delta": {"class_paths"},
+    "checked_hooks": {"delta"},
+    "fold_check": {"class_paths", "delta", "linear"},
     "architectures": set(),
     "paths": set(),
     "layer_ranges": {"paths"},
     "targets": {"linear", "architectures", "paths", "layer_ranges"},
     "head_size": {"paths"},
-    "strategy": {"delta", "head_size", "linear", "paths", "targets"},
+    "strategy": {"checked_hooks", "class_paths", "delta", "fold_check", "head_size", "linear", "paths", "targets"},
     "reach": set(),
     "liveness": {"reach", "strategy"},
     "finite": set(),
     "divergence": {"finite"},
     "matrices": {"delta"},
-    "updates": {"matrices", "strategy", "delta", "linear", "paths"},
+    "updates": {"fold_check", "matrices", "strategy", "delta", "linear", "paths"},
     "combine": {"updates", "matrices", "strategy", "strategies", "delta", "paths"},
     "blocks": {"paths", "linear"},
     "strategies": {
@@ -181,7 +183,7 @@ ROOMS = {
         "resume",
         "run_folder",
     },
-    "testing": {"strategy", "delta", "interop", "pretrained"},
+    "testing": {"fold_check", "strategy", "delta", "interop", "pretrained"},
     "__main__": {"cli"},
     "__init__": {"adapters", "handover", "interop", "strategy"},
 }

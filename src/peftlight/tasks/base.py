@@ -1,5 +1,6 @@
 """What every task shares: the model with its strategy, the loss per label, the optimizer, and what is saved."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from peftlight.strategy import Adapter, PEFTStrategy
 from peftlight.strategy_spec import as_strategy, spec_of
 from peftlight.tasks.adapted_base import adapted_base, check_precision
 from peftlight.tasks.distribution import refuse_other_distribution
+from peftlight.tasks.hyperparameters import own_options
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
 from peftlight.tasks.optimizer_step import OptimizerStep
 from peftlight.tasks.preparation import Initial, prepare_strategy
@@ -89,7 +91,8 @@ class PEFTModule(LightningModule):
         self._last_step = 0
         self._prepared = False
         self.initial: Initial | None = None
-        self.save_hyperparameters(self._plain_hyperparameters(), logger=False)
+        own = own_options(self, inspect.currentframe())
+        self.save_hyperparameters({**own, **self._plain_hyperparameters()}, logger=False)
 
     # ---- what a task defines
 

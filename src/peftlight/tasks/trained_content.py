@@ -8,6 +8,7 @@ from torch import Tensor
 from peftlight.errors import UserError, listed
 from peftlight.finite import not_finite
 from peftlight.strategy_spec import spec_of
+from peftlight.tasks.hyperparameters import kept_options
 
 if TYPE_CHECKING:
     from peftlight.tasks.base import PEFTModule
@@ -24,7 +25,8 @@ def keep_trained(module: "PEFTModule", checkpoint: dict[str, Any]) -> None:
     _refuse_not_finite(module, checkpoint)
     checkpoint["quantization"] = _held(module)
     strategy = spec_of(module.strategy)  # it may have been settled
-    checkpoint["hyper_parameters"] = {**module.hparams, "strategy": strategy}
+    kept = kept_options(module.hparams, module._plain_hyperparameters())
+    checkpoint["hyper_parameters"] = {**kept, "strategy": strategy}
 
 
 def _refuse_not_finite(module: "PEFTModule", checkpoint: dict[str, Any]) -> None:
