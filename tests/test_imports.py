@@ -14,7 +14,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "peftlight"
 FREE = {"environment", "errors", "files", "gather", "locks", "shards", "signals"}
 ROOMS = {
     "linear": set(),
-    "delta": set(),
+    "delta": {"class_paths"},
+    "checked_hooks": {"delta"},
+    "fold_check": {"class_paths", "delta", "linear"},
     "architectures": set(),
     "paths": set(),
     "layer_ranges": {"paths"},
@@ -24,7 +26,18 @@ ROOMS = {
     "head_size": {"paths"},
     "wrappers": set(),
     "turns": {"delta", "wrappers"},
-    "strategy": {"delta", "head_size", "linear", "paths", "targets", "turns", "wrappers"},
+    "strategy": {
+        "checked_hooks",
+        "class_paths",
+        "delta",
+        "fold_check",
+        "head_size",
+        "linear",
+        "paths",
+        "targets",
+        "turns",
+        "wrappers",
+    },
     "reach": set(),
     "train_mode": {"strategy"},
     "unreached": {"candidates", "paths", "strategy", "targets"},
@@ -32,7 +45,7 @@ ROOMS = {
     "finite": set(),
     "divergence": {"finite"},
     "matrices": {"delta"},
-    "updates": {"matrices", "strategy", "delta", "linear", "paths"},
+    "updates": {"fold_check", "matrices", "strategy", "delta", "linear", "paths"},
     "combine": {"updates", "matrices", "strategy", "strategies", "delta", "paths", "turns"},
     "blocks": {"paths", "linear"},
     "strategies": {
@@ -203,7 +216,7 @@ ROOMS = {
         "resume",
         "run_folder",
     },
-    "testing": {"strategy", "delta", "interop", "pretrained", "train_mode", "wrappers"},
+    "testing": {"fold_check", "strategy", "delta", "interop", "pretrained", "train_mode", "wrappers"},
     "__main__": {"cli"},
     "__init__": {"adapters", "handover", "interop", "strategy"},
 }

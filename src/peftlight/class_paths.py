@@ -28,8 +28,8 @@ def path_of(kind: type) -> str:
     """Module and name of a class; of one in a program that runs, as they are where its file is imported."""
     module, main = kind.__module__, sys.modules["__main__"]
     if module in _MAIN:
-        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-        module = spec.name if spec else Path(file).stem if file else module
+        spec, file = getattr(main, "__spec__", None), str(getattr(main, "__file__", None))
+        module = spec.name if spec else Path(file).stem if file.endswith(".py") else "__main__"
     return f"{module}.{kind.__qualname__}"
 
 

@@ -9,6 +9,7 @@ from peftlight import __version__
 from peftlight.class_paths import to_type
 from peftlight.environment import settle_environment
 from peftlight.errors import UserError, nearest, one_line
+from peftlight.own_modules import place_in
 from peftlight.own_modules import take_out as without_imports
 from peftlight.signals import Stopped, end_at_once_by
 
@@ -132,8 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _say(error: Exception, given: list[str]) -> int:
     """Print the error of a command, and return its exit code."""
     if not isinstance(error, UserError | OSError):
-        told = f"{type(error).__name__}: {error}"
-        print(f"peftlight: unexpected error: {told}\n  --traceback shows where it happened.", file=sys.stderr)
+        told, place = f"{type(error).__name__}: {error}", place_in(error)
+        what = f"error in {place}" if place else "unexpected error"
+        print(f"peftlight: {what}: {told}\n  --traceback shows where it happened.", file=sys.stderr)
         return 1
     text = "\n".join([str(error), *filter(None, [to_type(error, given)])])
     lines = (one_line(line) for line in text.split("\n"))  # a file's text must not steer the terminal

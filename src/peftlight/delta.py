@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlight.class_paths import is_ours
 from peftlight.errors import UserError
 
 CHILD = "deltas"
@@ -106,6 +107,16 @@ class Delta(nn.Module):
 
     def take_shapes(self, state: Mapping[str, Tensor]) -> None:
         """Make room for saved tensors, named as in `state_dict()`, where the shapes depend on data."""
+
+
+def finishes_another(delta: Delta) -> bool:
+    """Whether a class of the user's has a `forward` of its own, and `finished` from a class with another."""
+    for one in (each for each in delta.modules() if isinstance(each, Delta)):
+        owners = [next(kind for kind in type(one).__mro__ if hook in vars(kind)) for hook in ("forward", "finished")]
+        forward, finished = map(type(one).__mro__.index, owners)
+        if finished > forward and owners[1] is not Delta and not is_ours(type(one)):
+            return True
+    return False
 
 
 def _below(module: nn.Module, name: str) -> list[Tensor]:

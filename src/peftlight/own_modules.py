@@ -115,15 +115,21 @@ def import_module(module: str, said: str) -> None:
         raise _failed(said, error) from error
 
 
+def place_in(error: BaseException) -> str | None:
+    """FILE:LINE of the user's code in which an error came about, or through which; None where no such code ran."""
+    here = os.path.dirname(__file__)
+    files = [(one.filename, one.lineno) for one in traceback.extract_tb(error.__traceback__)]
+    own = [f"{file}:{line}" for file, line in files if not (
+        file.startswith(("<", here)) or "-packages" in file or of_python(file))]  # fmt: skip
+    return own[-1] if own else None
+
+
 def _failed(said: str, error: BaseException) -> UserError:
     """What went wrong in the code, and in which line of whose file."""
     if isinstance(error, SyntaxError):
         return UserError(f"{said} cannot be imported: {error.filename}:{error.lineno}: {error.msg}.")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
-    here = os.path.dirname(__file__)
-    own = [frame for frame in frames if "-packages" not in frame.filename and not frame.filename.startswith(here)]
-    last = next(reversed([one for one in own if not of_python(one.filename)] or own), None)
-    where = f"{last.filename}:{last.lineno}: " if last else ""
+    place = place_in(error)
+    where = f"{place}: " if place else ""
     what = "it ends the program (sys.exit)" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
     return UserError(f"{said} cannot be imported: {where}{what}")
 

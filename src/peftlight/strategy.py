@@ -9,8 +9,21 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftlight.delta import ADAPTERS, CHILD, Delta, beneath, install, remove, set_adapters, unchanged_on_error
+from peftlight.checked_hooks import deltas_of, trained_by
+from peftlight.class_paths import is_ours
+from peftlight.delta import (
+    ADAPTERS,
+    CHILD,
+    Delta,
+    beneath,
+    finishes_another,
+    install,
+    remove,
+    set_adapters,
+    unchanged_on_error,
+)
 from peftlight.errors import UserError, listed
+from peftlight.fold_check import check_fold, is_of_user
 from peftlight.head_size import classes_said, tell_sizes
 from peftlight.linear import is_quantized, weight_of, write_weight
 from peftlight.paths import first_names
@@ -241,22 +254,27 @@ class Adapter:
     def finished(self) -> "Adapter":
         """This adapter as it is saved, without what only training needed; a view that leaves the model as it is."""
         strategy = self.strategy.finished(self)
-        return replace(self, strategy=strategy, sites={site: delta.finished() for site, delta in self.sites.items()})
+        done = replace(self, strategy=strategy, sites={site: delta.finished() for site, delta in self.sites.items()})
+        return self if _is_another(self, done) else done
 
     @_alone()
     def merge(self) -> None:
         """Fold the deltas into the weights of their modules, so that they cost nothing; `unmerge` takes it back.
 
         Raises:
-            UserError: a delta cannot be folded, its weight is shared with another module, it lies above the delta of
-                another adapter, or another one has written the same tensors; nothing has been merged then.
+            UserError: a delta cannot be folded or folds wrongly, its weight is shared with another module, it lies
+                above the delta of another adapter, or another one has written the same tensors; nothing has been
+                merged then.
         """
         if self.merged:
             raise UserError(f"The adapter {self.name!r} is merged already.")
         if not self.enabled:
             raise UserError(f"The adapter {self.name!r} is switched off; enable it before merging it.")
-        for site in self.sites:
+        for site, delta in self.sites.items():
             self._check_unshared(site)
+            if is_of_user(delta):
+                module = self.model.get_submodule(site)
+                check_fold(delta, module, weight_of(module), getattr(module, "bias", None))
         values: dict[str, tuple[nn.Module, Tensor]] = {}
         for site in self.sites:
             module, (weight, bias) = self.model.get_submodule(site), self.folded(site)
@@ -491,6 +509,15 @@ class Adapter:
         return tensor
 
 
+def _is_another(before: Adapter, after: Adapter) -> bool:
+    """Whether a class of the user's changes what is computed, and has `finished` from one that does not."""
+    if any(finishes_another(delta) for delta in before.sites.values()):
+        return True
+    kept = any(after.sites[site] is delta and not is_ours(type(delta)) for site, delta in before.sites.items())
+    owner = next(kind for kind in type(before.strategy).__mro__ if "finished" in vars(kind))
+    return kept and after.strategy is not before.strategy and (is_ours(owner) or is_ours(type(after.strategy)))
+
+
 def adapters_on(model: nn.Module) -> list[Adapter]:
     """The adapters that are on the model, switched on or off; those attached first come first."""
     return list(model.__dict__.get(ADAPTERS, ()))
@@ -534,12 +561,13 @@ def attach(
         model.requires_grad_(False)
         single = [entry for entry in modules_to_train if entry in dict(model.named_parameters())]
         heads = matching(model, [entry for entry in modules_to_train if entry not in single])
-        trained, order = [*heads, *strategy.train(model)], max((o.order for o in adapters_on(model)), default=-1) + 1
-        adapter = Adapter(name, model, strategy, trained=list(dict.fromkeys(trained)), heads=heads, order=order)
+        trained = list(dict.fromkeys([*heads, *trained_by(strategy, model)]))
+        order = max((other.order for other in adapters_on(model)), default=-1) + 1
+        adapter = Adapter(name, model, strategy, trained=trained, heads=heads, order=order)
         _refuse_quantized(adapter)
         _refuse_lost_values(adapter, keep_base)
         _train_in_place(adapter, keep_base)
-        for site, delta in list(strategy.deltas(model)):
+        for site, delta in deltas_of(strategy, model):
             module = model.get_submodule(site)
             install(module, name, _placed(delta, module))
             adapter.sites[site] = delta

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from peftlight.delta import CHILD
 from peftlight.errors import UserError
+from peftlight.fold_check import check_fold, is_of_user
 from peftlight.linear import is_conv1d
 from peftlight.matrices import Matrix
 from peftlight.paths import first_names
@@ -30,7 +31,8 @@ class Updates(Mapping[str, Matrix]):
             new: names of tensors whose values in the base mean nothing.
 
         Raises:
-            UserError: the adapter trains the base in place, and the values before are not kept.
+            UserError: the adapter trains the base in place, and the values before are not kept; or a delta of the
+                user's does not compute what it says by `fold`.
         """
         self.adapter = adapter.finished()
         model, self._first = adapter.model, first_names(adapter.model)
@@ -102,22 +104,30 @@ class Updates(Mapping[str, Matrix]):
         if not isinstance(getattr(module, "weight", None), nn.Parameter):
             kinds = f"{type(self.adapter.sites[site]).__name__} on {type(module).__name__}"
             self.refused[site] = f"{kinds}: there is no weight that it changes."
-        elif self.adapter.sites[site].factors() is not None:
+            return []
+        delta = self.adapter.sites[site]
+        if is_of_user(delta):
+            check_fold(delta, module, *self._found_at(site))
+        if delta.factors() is not None:
             return [_joined(site, "weight")]
-        else:
-            try:
-                return list(self._folded(site))
-            except UserError as error:
-                self.refused[site] = str(error)
-        return []
+        try:
+            return list(self._folded(site))
+        except UserError as error:
+            self.refused[site] = str(error)
+            return []
 
     @torch.no_grad()
     def _folded(self, site: str) -> dict[str, Tensor]:
         """Weight and bias as the delta changes them; the bias only if it does."""
         weight, bias = _joined(site, "weight"), _joined(site, "bias")
-        had = self._now(bias) if bias in self._tensors else None
-        changed, then = self.adapter.sites[site].fold(self._laid_out(weight, self._now(weight)), had)
+        found, had = self._found_at(site)
+        changed, then = self.adapter.sites[site].fold(found, had)
         return {weight: changed} if then is None or then is had else {weight: changed, bias: then}
+
+    def _found_at(self, site: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a module, as its delta finds them and as `Delta.fold` takes them."""
+        weight, bias = _joined(site, "weight"), _joined(site, "bias")
+        return self._laid_out(weight, self._now(weight)), self._now(bias) if bias in self._tensors else None
 
     def _now(self, name: str) -> Tensor:
         """The tensor as the adapter's delta finds it."""

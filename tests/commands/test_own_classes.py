@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -325,6 +327,60 @@ def test_a_module_within_a_package_keeps_its_path(here: Path, encoder: Path, tmp
     assert code == 0, said
     code, said = peftlight(line, tmp_path)
     assert said.rstrip().endswith("--import mine.deep.helper")
+
+
+SCRIPT = """
+import sys
+from dataclasses import dataclass
+from peftlight import attach, save_adapter
+from peftlight.strategies import LoRA
+from peftlight.testing.models import make
+
+
+@dataclass
+class Gained(LoRA):
+    gain: float = 2.0
+
+
+if __name__ == "__main__":
+    model = make("bert")
+    model.save_pretrained("base")
+    save_adapter(attach(model, Gained(rank=2, gain=3.0)), "saved")
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "notebook"])
+def test_a_class_of_a_program_that_ran_is_found_in_its_file(how: str, elsewhere: Path) -> None:
+    (elsewhere / "gained.py").write_text(SCRIPT)
+    given = [str(elsewhere / "gained.py")] if how == "script" else ["-"]  # of the latter, as of a notebook, no file is
+    done = subprocess.run([sys.executable, *given], cwd=elsewhere, input=SCRIPT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    path = json.loads((elsewhere / "saved" / "adapter_config.json").read_text())["strategy"]["class_path"]
+    assert path == {"script": "gained.Gained", "notebook": "__main__.Gained"}[how]
+    line = ["inspect", "saved", "--base", "base"]
+    code, said = peftlight(line, elsewhere)
+    assert code == 2
+    file = {"script": "gained.py", "notebook": "FILE.py"}[how]
+    assert said.rstrip().endswith(f"peftlight inspect saved --base base --import {file}")
+    code, said = peftlight([*line, "--json", "facts.json", "--import", "gained.py"], elsewhere)
+    assert code == 0, said
+    assert json.loads((elsewhere / "facts.json").read_text())["method"] == "Gained"
+
+
+def test_code_that_fails_in_a_training_is_named_with_its_line(here: Path, elsewhere: Path, encoder: Path) -> None:
+    (elsewhere / "method.py").write_text(METHOD.replace("for name, layer in select(", "for name, layer in not_there("))
+    flags = ["--model.strategy=method.Core", f"--model.base_model={encoder}", "--data.source=sample:sentiment"]
+    config = [f"--config={CONFIGS / name}.yaml" for name in ("lora", "data/sst2")]
+    code, said = peftlight(["fit", *config, *flags, "--trainer.accelerator=cpu"], elsewhere)
+    line = 1 + METHOD[: METHOD.index("for name, layer in select(")].count("\n")
+    assert code == 1
+    assert f"error in {elsewhere / 'method.py'}:{line}: NameError" in said
+    for given, means in (("method.py", "method.CLASS"), ("./method.Core", "method.Core")):
+        code, said = peftlight(["fit", *config, f"--model.strategy={given}"], elsewhere)
+        assert code == 2
+        assert f"name the class in it: --model.strategy {means}" in said
+    code, said = peftlight(["fit", *config, f"--model.strategy={here}/method.py:Core"], elsewhere)
+    assert f"--model.strategy method.Core --import {here}/method.py" in said
 
 
 def test_the_help_names_the_option_and_imports_nothing(elsewhere: Path) -> None:

@@ -340,7 +340,7 @@ def test_what_peft_cannot_say_is_saved_in_our_own_format_with_a_warning(tmp_path
 def test_fields_that_json_cannot_hold(tmp_path: Path) -> None:
     adapter = attach(make("bert"), BitFit())
     adapter.strategy = _WithSet()
-    with pytest.raises(UserError, match="fields cannot be saved"):
+    with pytest.raises(UserError, match=r"_WithSet.kinds is .* which a file cannot hold"):
         save_adapter(adapter, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

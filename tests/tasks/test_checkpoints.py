@@ -1,5 +1,6 @@
 """From a notebook: fit without the command line, and checkpoints that load by themselves and hold what was trained."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,35 @@ def test_a_loaded_checkpoint_gives_the_same_outputs(
     assert loaded.label_names == NAMES
     assert loaded.strategy == strategy
     assert loaded.model is not module.model
+
+
+class Weighted(SequenceClassification):
+    """A task of the user's, with what it takes handed on."""
+
+    def __init__(self, *args, class_weights: list[float] = [1.0, 1.0], how: object = len, **options) -> None:  # noqa: B006
+        super().__init__(*args, **options)
+        self.class_weights, self.how = class_weights, how
+
+
+class Recorded(Weighted):
+    """Records all it was given, as Lightning's users do."""
+
+    def __init__(self, base_model, strategy, scale: float = 1.0, **options) -> None:
+        super().__init__(base_model, strategy, **options)
+        self.scale = scale
+        self.save_hyperparameters()
+
+
+def test_a_task_of_the_users_comes_back_with_its_options(folder: str, tmp_path: Path) -> None:
+    module = Weighted(folder, LoRA(rank=2), class_weights=[1.0, 5.0], gradient_checkpointing=False)
+    loaded = Weighted.load_from_checkpoint(fitted(module, tmp_path / "weighted"), weights_only=True)
+    assert loaded.class_weights == [1.0, 5.0]
+    assert torch.equal(scores(loaded), scores(module))
+    adamw = functools.partial(torch.optim.AdamW, lr=0.1)
+    recorded = Recorded(folder, LoRA(rank=2), scale=2.0, class_weights=[2.0, 1.0], optimizer=adamw)
+    again = Recorded.load_from_checkpoint(fitted(recorded, tmp_path / "recorded"), weights_only=True)
+    assert (again.scale, again.class_weights) == (2.0, [2.0, 1.0])
+    assert torch.equal(scores(again), scores(recorded))
 
 
 @pytest.mark.parametrize("weights_only", [None, True])

@@ -68,9 +68,26 @@ def read_given(arguments: Sequence[str]) -> list[Given]:
             raise UserError(f"{one.where}: {one.path[-1]} is a key of the top level: here it would have no effect.")
         if one.path == ("model", "base_model"):
             _check_base(one)
+        if one.path[-1] in ("class_path", *_HOLD_CLASSES, "callbacks"):
+            _check_class(one)
     _check_sections(given)
     _check_callbacks(given)
     return given
+
+
+def _check_class(one: Given) -> None:
+    """A class is named by its module, not by the file that this is in."""
+    file, _, name = (one.value or "").rpartition(":") if ".py:" in (one.value or "") else (one.value or "", "", "")
+    if not file.endswith(".py") and "/" in file:
+        file, _, name = file.rpartition(".")
+        file = f"{file}.py"
+    if not os.path.isfile(file) or not file.endswith(".py"):
+        return
+    folder, module = os.path.split(file.removesuffix(".py"))
+    elsewhere = f" --import {file}" if folder not in ("", ".") else ""
+    option = f"{one.where} " if one.on_command_line else ""
+    raise UserError(f"{one.where}: {one.value} is a file of Python; name the class in it: "
+                    f"{option}{module}.{name or 'CLASS'}{elsewhere}")  # fmt: skip
 
 
 def _check_sections(given: Sequence[Given]) -> None:

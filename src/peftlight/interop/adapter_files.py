@@ -120,7 +120,9 @@ def save_adapter(adapter: Adapter, folder: str | Path, record: Mapping[str, Any]
 
 
 def _written(adapter: Adapter) -> tuple[Config, Tensors]:
-    write = _WRITERS.get(type(adapter.strategy), own_format.to_own)
+    write = _WRITERS.get(type(adapter.strategy))
+    if write is None:
+        return own_format.to_own(adapter)
     try:
         _refuse_single(adapter)
         return write(adapter)

@@ -1,6 +1,7 @@
 """What every task shares: the model with its strategy, the loss per label, the optimizer, and what is saved."""
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.early_base import load_base_early
 from peftlight.tasks.ending import Ending, Validated
 from peftlight.tasks.from_checkpoint import FromCheckpoint
+from peftlight.tasks.hyperparameters import own_options
 from peftlight.tasks.loaders_apart import LoadersApart
 from peftlight.tasks.once import Once
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule, plan_by_steps
@@ -129,7 +131,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
         self._last_step = 0
         self._prepared = False
         self.initial: Initial | None = None
-        self.save_hyperparameters(self._plain_hyperparameters(), logger=False)
+        own = own_options(self, inspect.currentframe())
+        self.save_hyperparameters({**own, **self._plain_hyperparameters()}, logger=False)
 
     # ---- what a task defines
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from peftlight.errors import UserError, listed
 from peftlight.finite import not_finite
 from peftlight.strategy_spec import spec_of
+from peftlight.tasks.hyperparameters import kept_options
 from peftlight.wrappers import without_wrapper
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def keep_trained(module: "PEFTModule", checkpoint: dict[str, Any]) -> None:
     _refuse_not_finite(module, checkpoint)
     checkpoint["quantization"] = _held(module)
     strategy = spec_of(module.strategy)  # it may have been settled
-    checkpoint["hyper_parameters"] = {**module.hparams, "strategy": strategy}
+    kept = kept_options(module.hparams, module._plain_hyperparameters())
+    checkpoint["hyper_parameters"] = {**kept, "strategy": strategy}
 
 
 def forget_frozen(module: "PEFTModule", incompatible: Any) -> None:
