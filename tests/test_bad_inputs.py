@@ -49,9 +49,7 @@ def _file_of(kind: type) -> str:
 
 
 @pytest.mark.parametrize("key", ROWS, ids=": ".join)
-def test_a_bad_input_is_refused_as_the_page_says(
-    key: tuple[str, str], kit: Path, tmp_path: Path, pinned: bool
-) -> None:
+def test_a_bad_input_is_refused_as_the_page_says(key: tuple[str, str], kit: Path, tmp_path: Path, pinned: bool) -> None:
     row = ROWS[key]
     with working_folder(kit, tmp_path / "work") as folder:
         code, message = outcome(row, folder)
