@@ -1,4 +1,4 @@
-"""A plain install, which brings no extra: what it can do works, and what needs an extra names the line that brings it."""
+"""An install without extras: what it can do works, and what needs an extra names the line that brings it."""
 
 import os
 import subprocess

@@ -29,7 +29,8 @@ class Ours(DataFamily):
     """A family of data with these rows."""
 
     def prepare(self, stage: str | None) -> Any:
-        rows: dict[str, Any] = {"train": ROWS, "validation": ROWS[:5]}
+        arrays = [{**row, "input_ids": row["input_ids"].numpy()} for row in ROWS]
+        rows: dict[str, Any] = {"train": arrays, "validation": arrays[:5]}
         return SimpleNamespace(datasets=rows, notices=[], summaries={}, label_names=None, fingerprint="")
 
     def collator(self, role: str) -> Any:
@@ -41,7 +42,7 @@ class Uneven(Ours):
 
     def prepare(self, stage: str | None) -> Any:
         prepared = super().prepare(stage)
-        prepared.datasets["train"] = ROWS[:13]
+        prepared.datasets["train"] = prepared.datasets["train"][:13]
         return prepared
 
 

@@ -99,7 +99,7 @@ def test_what_is_given_stands_above_what_a_checkpoint_says(trained: Path, tmp_pa
 
 def test_another_way_to_read_a_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
     for options in ({"weights_only": False}, {"hparams_file": tmp_path / "hparams.yaml"}):
-        with pytest.raises(UserError, match="weights_only is false|hparams_file is not read"):
+        with pytest.raises(UserError, match=r"weights_only is false|hparams_file is not read"):
             SequenceClassification.load_from_checkpoint(trained, **options)
     with pytest.raises(UserError, match="no checkpoint http"):
         SequenceClassification.load_from_checkpoint("https://example.org/a.ckpt")

@@ -79,9 +79,7 @@ class DataFamily(LightningDataModule, ABC):
         Raises:
             UserError: always.
         """
-        raise UserError(
-            f"A checkpoint holds no settings of data. They are in the run's config.yaml: {cls.__name__}(...)"
-        )
+        raise UserError(f"A checkpoint holds no settings of data: make {cls.__name__} from those in config.yaml.")
 
     def _check_fields(self) -> None:
         check_names(self.columns, self.column_names)

@@ -81,7 +81,7 @@ def _wrong(name: str, value: Any, hints: Mapping[str, Any], given: Mapping[str, 
     """What is wrong with a hyperparameter, and what to do; empty if nothing is."""
     if name.startswith("_"):
         return (f"is {value!r}, by which LightningCLI names code to run. It writes this for a task that calls "
-                "save_hyperparameters() without names: give the names, as in save_hyperparameters('margin').")  # fmt: skip
+                "save_hyperparameters() without names: give them, as in save_hyperparameters('margin').")  # fmt: skip
     if name == "trust_remote_code" and value and isinstance(given.get("base_model", ""), str):
         return ("is true, so Python code that comes with the base would run with your rights. Read it, and if you "
                 "trust it: load_from_checkpoint(path, trust_remote_code=True)")  # fmt: skip
