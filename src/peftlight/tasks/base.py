@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from peftlight.divergence import Guard
 from peftlight.errors import UserError
 from peftlight.liveness import Verdict
+from peftlight.positions import positions_of
 from peftlight.pretrained import Dtype, Source
 from peftlight.quantization import Quantization
 from peftlight.strategy import Adapter, PEFTStrategy
@@ -24,7 +25,7 @@ from peftlight.tasks.distribution import refuse_other_distribution
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule
 from peftlight.tasks.optimizer_step import OptimizerStep
 from peftlight.tasks.preparation import Initial, prepare_strategy
-from peftlight.tasks.row_length import longest_row
+from peftlight.tasks.row_length import check_batch_length, check_row_lengths
 from peftlight.tasks.schedule import LinearWarmup
 from peftlight.tasks.token_rate import TokenRate
 from peftlight.tasks.train_mode import put_in_train_mode
@@ -43,6 +44,8 @@ class PEFTModule(LightningModule):
     """The class of transformers that makes the task's model."""
     scores_tokens: bool = False
     """Whether the model scores each token of its input."""
+    writes_after_rows: bool = False
+    """Whether `predict` writes after the rows, so that it sees itself that there are positions for both."""
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class PEFTModule(LightningModule):
         self.adapter_dtype: AdapterDtype = "float32"
         self.adapter: Adapter | None = None
         self.verdict: Verdict | None = None
+        self.positions: int | None = None
+        """The most tokens of a row; None: there is no end. Known after `configure_model`."""
         self._step, self._tokens = OptimizerStep(self), TokenRate()
         self._state = TrainingState(self, self._step.window)
         self.allow_changes: set[str] = set()
@@ -137,6 +142,8 @@ class PEFTModule(LightningModule):
             self.model, self._prepared = self.adapter.model, initial is not None
         check_precision(self, self.adapter)
         check_vocabulary(self.adapter.model, self._datamodule())
+        check_row_lengths(self, self.adapter.model)
+        self.positions = positions_of(self.adapter.model).tabled
         if self._starts_anew() and not self._prepared and self.strategy.uses("prepare"):
             prepare_strategy(self)
             self._prepared = True
@@ -150,6 +157,7 @@ class PEFTModule(LightningModule):
         if self.adapter is None:
             self.configure_model()
         assert self.model is not None
+        check_batch_length(self, inputs)
         return self.model(**inputs)
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -192,8 +200,6 @@ class PEFTModule(LightningModule):
         self.verdict = None
         if self.strategy.uses("check_steps"):  # a run without an end may be all right
             self.strategy.check_steps(self.total_steps())
-        for delta in self.adapter.sites.values():
-            delta.check_length(longest_row(self._datamodule(), "train", "validation"))
         self._tokens.start()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
