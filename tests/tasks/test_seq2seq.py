@@ -280,12 +280,10 @@ def test_what_is_no_encoder_decoder_is_refused_with_the_nearest_task(
 )  # fmt: skip
 def test_the_data_of_another_task_is_refused(module: Any, data: Any, words: str, tmp_path: Path) -> None:
     """Rows for a decoder hold the answer in the input: an encoder-decoder would learn to copy it."""
-    columns = {"text": "instruction", "label": "output"} if data is TextClassification else {}
-    tokenizer = ending_numbers()
+    texts: dict[str, Any] = {"source": "sample:sentiment", "columns": {"text": "sentence"}}
+    rows = texts if data is TextClassification else {"source": "sample:instructions"}
     with pytest.raises(UserError, match=words):
-        quiet_trainer(tmp_path).fit(
-            module(), data(source="sample:instructions", tokenizer=tokenizer, columns=columns, max_length=900)
-        )
+        quiet_trainer(tmp_path).fit(module(), data(**rows, tokenizer=ending_numbers(), max_length=900))
 
 
 @pytest.mark.parametrize("options", [{"generate_rows": -1}, {"max_new_tokens": 0}])

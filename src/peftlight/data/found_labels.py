@@ -13,6 +13,7 @@ Label = int | str
 
 _NUMBER = re.compile(r"[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?")
 _MOST_NAMED = 30
+_MOST_LETTERS = 500
 MANY_ROWS = 50
 """From so many rows on, one row alone is remarkable."""
 
@@ -88,6 +89,8 @@ class FoundLabels:
     def option(self) -> str:
         """The line of a configuration that makes all of them classes."""
         shown = [repr(name) for name in self.names[:_MOST_NAMED]]
+        while len(", ".join(shown)) > _MOST_LETTERS and len(shown) > 1:
+            shown.pop()
         rest = len(self.names) - len(shown)
         return f"labels: [{', '.join(shown)}{f', ... and {rest} more' if rest else ''}]"
 

@@ -41,6 +41,11 @@ def check_classes(found: FoundLabels, of_words: bool = False) -> None:
             raise UserError(f"{problem} If each of them is a class all the same, name them in order: {found.option()}")
 
 
+def _cut(label: Label) -> str:
+    text = repr(label)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _fractions(found: FoundLabels) -> str:
     """Scores: numbers with a fraction."""
     numbers = {label: number for label in found.counts if (number := number_of(label)) is not None}
@@ -107,13 +112,14 @@ def _is_almost(label: str, other: str) -> bool:
 def _joined(found: FoundLabels) -> str:
     """Several labels in a cell, with a separator between them or as a list."""
     names = [label for label in found.counts if isinstance(label, str)]
-    joined = [name for name in names if _LIST.fullmatch(name)] or _of_known_parts(found, names)
+    lists = [name for name in names if _LIST.fullmatch(name)]
+    joined = lists if 2 * sum(found.counts[name] for name in lists) > found.rows else _of_known_parts(found, names)
     if not joined:
         return ""
     count = sum(found.counts[name] for name in joined)
     return (
-        f"{found.where(joined[0])}: the label {joined[0]!r} is several in one cell, as in {count:,} of {found.rows:,} "
-        "rows. One label a row is expected: keep the rows of one label, or make a file of 0 and 1 for each label."
+        f"{found.where(joined[0])}: the label {_cut(joined[0])} is several in one cell, as in {count:,} of "
+        f"{found.rows:,} rows. One label a row is expected: keep the rows of one label, or make a file of 0 and 1 for each label."
     )
 
 
@@ -165,7 +171,7 @@ def _unique(found: FoundLabels) -> str:
         return ""
     what = "numbers" if found.are_numbers else "texts or ids"
     return (
-        f"{found.where(found.rare[0])}: the label in {found.column!r} is {found.rare[0]!r}; {len(found.counts)} "
+        f"{found.where(found.rare[0])}: the label in {found.column!r} is {_cut(found.rare[0])}; {len(found.counts)} "
         f"different values in {found.rows:,} rows, {len(found.rare):,} of them in one row alone: they are {what}, not "
         "classes."
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +39,16 @@ class Summary(RowCounts):
     """Labels of the kept rows that enter the loss: tokens for a language model, rows for classification."""
     longest: int
     """Tokens of the longest row before cutting."""
+    longest_row: str = ""
+    """Where that one stands."""
     largest_token: int = -1
     """The largest number of a token in the whole split; -1 where there is none."""
     truncated_targets: int = 0
     """Targets longer than max_target_length, which were cut."""
     longest_target: int = 0
     """Tokens of the longest target before cutting; 0 where there are none."""
+    longest_target_row: str = ""
+    """Where that one stands."""
 
     def __str__(self) -> str:
         text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.label_tokens:,} labels, longest {self.longest:,}"
@@ -60,8 +65,14 @@ class Summary(RowCounts):
         return listed(self.empty_rows) + (" and others" if self.empty > len(self.empty_rows) else "")
 
 
-def summarize(tokens: Tokens, rows: NDArray[np.int64], max_length: int, place: Callable[[int], str]) -> Summary:
-    """The summary of some rows; `place` says where a row stands."""
+def summarize(
+    tokens: Tokens,
+    rows: NDArray[np.int64],
+    max_length: int,
+    place: Callable[[int], str],
+    where: Callable[[int], str],
+) -> Summary:
+    """The summary of some rows; `place` says where a row stands in its split, `where` also names its file."""
     kept = tokens.kept()[rows]
     empty = rows[~kept]
     return Summary(
@@ -73,13 +84,22 @@ def summarize(tokens: Tokens, rows: NDArray[np.int64], max_length: int, place: C
         tokens=int(np.diff(tokens.offsets)[rows[kept]].sum()),
         label_tokens=int(tokens.label_counts()[rows[kept]].sum()),
         longest=int(tokens.lengths[rows].max(initial=0)),
+        longest_row=_first_longest(tokens.lengths, rows, where),
         largest_token=max(int(part.max(initial=-1)) for part in (tokens.input_ids, tokens.targets) if part is not None),
-        **_of_targets(tokens, rows),
+        **_of_targets(tokens, rows, where),
     )
 
 
-def _of_targets(tokens: Tokens, rows: NDArray[np.int64]) -> dict[str, int]:
+def _first_longest(lengths: NDArray[np.int32], rows: NDArray[np.int64], where: Callable[[int], str]) -> str:
+    return where(int(rows[lengths[rows].argmax()])) if len(rows) else ""
+
+
+def _of_targets(tokens: Tokens, rows: NDArray[np.int64], where: Callable[[int], str]) -> dict[str, Any]:
     if tokens.target_lengths is None or tokens.target_offsets is None:
         return {}
     whole, cut = tokens.target_lengths[rows], np.diff(tokens.target_offsets)[rows]
-    return {"truncated_targets": int((whole > cut).sum()), "longest_target": int(whole.max(initial=0))}
+    return {
+        "truncated_targets": int((whole > cut).sum()),
+        "longest_target": int(whole.max(initial=0)),
+        "longest_target_row": _first_longest(tokens.target_lengths, rows, where),
+    }

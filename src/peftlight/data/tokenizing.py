@@ -56,7 +56,9 @@ class TextPreparation(Preparation[Tokens]):
 
     def summarize(self, name: str, content: Tokens, rows: NDArray[np.int64]) -> Summary:
         """Counts of rows and tokens."""
-        return summarize(content, rows, self.data.max_length, lambda row: self._place(name, content, row))
+        parts = self.splits[name].parts
+        short, whole = (lambda row: self._place(name, content, row)), (lambda row: content.where(row, parts))
+        return summarize(content, rows, self.data.max_length, short, whole)
 
     def dataset(self, role: str, content: Tokens, rows: NDArray[np.int64]) -> TokenDataset:
         """Some rows of tokens."""

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from peftlight.divergence import Guard
 from peftlight.errors import UserError
 from peftlight.liveness import Verdict
+from peftlight.positions import positions_of
 from peftlight.pretrained import Dtype, Source
 from peftlight.quantization import Quantization
 from peftlight.strategy import Adapter, PEFTStrategy
@@ -42,7 +43,7 @@ from peftlight.tasks.planned_steps import accumulation, known_steps, planned_ste
 from peftlight.tasks.precision import tell_of_slow_precision
 from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.refused_callbacks import refuse_callbacks
-from peftlight.tasks.row_length import longest_row
+from peftlight.tasks.row_length import check_batch_length, check_row_lengths
 from peftlight.tasks.schedule import LinearWarmup
 from peftlight.tasks.search import Search
 from peftlight.tasks.token_rate import TokenRate
@@ -65,6 +66,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
     """The class of transformers that makes the task's model."""
     scores_tokens: bool = False
     """Whether the model scores each token of its input."""
+    writes_after_rows: bool = False
+    """Whether `predict` writes after the rows, so that it sees itself that there are positions for both."""
 
     def __init__(
         self,
@@ -113,6 +116,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
         """The number of all steps, when an epoch began last; None or infinite where there is none."""
         self.unmet: list[str] = []
         """What a training that ended early left undone, in sentences."""
+        self.positions: int | None = None
+        """The most tokens of a row; None: there is no end. Known after `configure_model`."""
         self._step, self._tokens = OptimizerStep(self), TokenRate()
         self._state, self.ending = TrainingState(self, self._step.window), Ending(self)
         self.unfreezing = Unfreezing(self)
@@ -202,6 +207,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
             self.model, self._prepared = self.adapter.model, initial is not None
         check_precision(self, self.adapter)
         check_vocabulary(self.adapter.model, self._datamodule())
+        check_row_lengths(self, self.adapter.model)
+        self.positions = positions_of(self.adapter.model).tabled
         if self._starts_anew() and not self._prepared and self.strategy.uses("prepare"):
             prepare_strategy(self)
             self._prepared = True
@@ -215,6 +222,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
         if self.adapter is None:
             self.configure_model()
         assert self.model is not None
+        check_batch_length(self, inputs)
         (called,) = self._compiled or (self.model,)
         return called(**inputs)
 
@@ -273,8 +281,6 @@ class PEFTModule(FromCheckpoint, LightningModule):
         self.verdict = None
         if self.strategy.uses("check_steps"):  # a run without an end may be all right
             self.strategy.check_steps(self.total_steps())
-        for delta in self.adapter.sites.values():
-            delta.check_length(longest_row(self._datamodule(), "train", "validation"))
         self._tokens.start()
 
     @reads_columns

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from peftlight.errors import UserError
+from peftlight.positions import positions_of
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.base import PEFTModule
 from peftlight.tasks.columns import reads_columns
 from peftlight.tasks.kinds import check_kinds
-from peftlight.tasks.row_length import longest_row
+from peftlight.tasks.row_length import longest_row, room_for_rows, where_longest
 from peftlight.tasks.token_losses import TokenLosses, figures, token_loss
 
 
@@ -20,6 +21,7 @@ class CausalLM(PEFTModule):
 
     auto_class = "AutoModelForCausalLM"
     scores_tokens = True
+    writes_after_rows = True
 
     def __init__(
         self, base_model: str | nn.Module, strategy: PEFTStrategy, max_new_tokens: int = 128, **options: Any
@@ -86,19 +88,19 @@ class CausalLM(PEFTModule):
         longest, new = longest_row(self._datamodule(), "predict"), self.max_new_tokens
         if longest == 0:
             return
-        config = self._config()
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        most = getattr(text, "max_position_embeddings", None) or longest + new
-        if longest + new > most:
-            fits = [(f"model.max_new_tokens to {most - longest} or less", most - longest),
-                    (f"data.max_length to {most - new}, which cuts prompts at their start", most - new)]  # fmt: skip
-            raise UserError(
-                f"The longest row, of {longest} tokens, and max_new_tokens={new} need {longest + new} positions, and "
-                f"the model has {most}: set {' or '.join(words for words, left in fits if left > 1) or 'both lower'}."
-            )
         assert self.adapter is not None
-        for delta in self.adapter.sites.values():
-            delta.check_length(longest + new)
+        found = positions_of(self.adapter.model)
+        most = found.tabled or found.trained or longest + new
+        room = room_for_rows(self.adapter, most)
+        if longest + new > room:
+            fits = [(f"model.max_new_tokens to {room - longest} or less", room - longest),
+                    (f"data.max_length to {room - new}, which cuts prompts at their start", room - new)]  # fmt: skip
+            choices = " or ".join(words for words, left in fits if left > 1) or "both lower"
+            beside = f", and {most - room} more for what the adapter puts before them" if most > room else ""
+            raise UserError(
+                f"The longest row, of {longest} tokens, and max_new_tokens={new} need {longest + new} positions"
+                f"{beside}, and the model has {most}: set {choices}. The row: {where_longest(self._datamodule(), 'predict')}."
+            )
 
     @reads_columns
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:

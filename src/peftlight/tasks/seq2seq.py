@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftlight.errors import UserError
+from peftlight.positions import positions_of
 from peftlight.shards import is_sharded
 from peftlight.strategy import PEFTStrategy
 from peftlight.tasks.base import PEFTModule
@@ -125,10 +126,11 @@ class Seq2Seq(PEFTModule):
     def _written(self, batch: Mapping[str, Tensor]) -> list[str]:
         """What the model writes for each source."""
         assert self.model is not None
+        most, wanted = positions_of(self.model, "targets").tabled, self.max_new_tokens + 1
         eos = self.tokenizer().eos_token_id
         written = self.model.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            max_length=self.max_new_tokens + 1,  # the first is the decoder's start token
+            max_length=wanted if most is None else min(wanted, most),  # the first is the decoder's start token
             eos_token_id=eos, pad_token_id=eos, **_GREEDY,
         )  # fmt: skip
         return self._texts(written[:, 1:])
