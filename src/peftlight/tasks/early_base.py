@@ -41,6 +41,7 @@ class EarlyBase(Callback):
         precision = trainer.precision_plugin
         with precision.tensor_init_context(), precision.module_init_context():
             pl_module.configure_model()
+        pl_module.unfreezing.copied = False  # type: ignore[union-attr]  # of a training before
         _refuse_averages(callbacks, pl_module.adapter)  # type: ignore[arg-type]
 
 
