@@ -4,9 +4,10 @@ import contextlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor
 
@@ -14,20 +15,17 @@ from peftlight.checkpoint_files import read_checkpoint
 from peftlight.errors import UserError, listed
 from peftlight.typed import fits, kind_of
 
-if TYPE_CHECKING:
-    from peftlight.tasks.base import PEFTModule
-
-Task = TypeVar("Task", bound="PEFTModule")
+Task = TypeVar("Task", bound="FromCheckpoint")
 _STRATEGY = "strategy"
 """The one hyperparameter that names a class, which is found among those that are imported already."""
 _PLAIN = (str, int, float, bool, type(None), Tensor)
 
 
-class FromCheckpoint:
+class FromCheckpoint(LightningModule):
     """Reads checkpoints in Lightning's place, which lets them name the class, its arguments' classes and a function."""
 
     @_restricted_classmethod
-    def load_from_checkpoint(
+    def load_from_checkpoint(  # type: ignore[override]
         cls: type[Task],
         checkpoint_path: str | Path,
         map_location: str | torch.device | None = None,
