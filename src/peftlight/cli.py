@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from peftlight import __version__
 from peftlight.class_paths import to_type
 from peftlight.environment import settle_environment
-from peftlight.errors import UserError, nearest, one_line
+from peftlight.errors import UserError, half_character, nearest, one_line
 from peftlight.own_modules import place_in
 from peftlight.own_modules import take_out as without_imports
 from peftlight.signals import Stopped, end_at_once_by
@@ -199,6 +199,9 @@ def _listing(commands: dict[str, str]) -> str:
 
 
 def _check_command(given: list[str]) -> None:
+    for argument in given:
+        if half_character(argument):
+            raise UserError(f"{argument!a} on the command line holds bytes that are not UTF-8.")
     if given[0].startswith("-"):
         raise UserError(f"A command comes first, then its options: peftlight fit {' '.join(given)}")
     if given[0] not in COMMANDS:

@@ -2,10 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """Characters that end a line, steer a terminal, or turn the direction of writing."""
+_HALVES = re.compile(r"[\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -41,3 +42,20 @@ def is_one_line(text: str) -> bool:
 def one_line(text: str) -> str:
     """The text with such characters as escapes, so that a reader sees all of it, and in one line."""
     return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+HALF = "half of a character, which no UTF-8 holds: write the character whole, or remove it"
+"""What is wrong where `half_character` finds something."""
+
+
+def half_character(value: object) -> str:
+    """What in plain data is no character but one of the two by which UTF-16 writes one; empty if there is nothing.
+
+    JSON and YAML let it stand alone, and Python makes such of bytes on the command line that are not UTF-8.
+    """
+    if isinstance(value, str):
+        found = _HALVES.search(value)
+        return found[0] if found else ""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    return next((half for each in value if (half := half_character(each))), "") if isinstance(value, list) else ""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from peftlight.data.table import MISSING, Table
-from peftlight.errors import UserError, listed, nearest
+from peftlight.errors import HALF, UserError, half_character, listed, nearest
 
 _PLAIN = re.compile(r"\.\.\.|[^\W\d][\w./-]*( [\w./-]+)*")
 _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
@@ -82,6 +82,8 @@ def filled_cells(table: Table, column: str) -> Sequence[object]:
             raise UserError(f"{table.where(index)}: the row has no {column!r}. Every row needs it.")
         if cell is None:
             raise UserError(f"{table.where(index)}: {column!r} is null. Fill the cell or remove the row.")
+        if half := half_character(cell):
+            raise UserError(f"{table.where(index)}: {column!r} holds {half!a}, {HALF}.")
     return cells
 
 

@@ -119,7 +119,8 @@ def _joined(found: FoundLabels) -> str:
     count = sum(found.counts[name] for name in joined)
     return (
         f"{found.where(joined[0])}: the label {_cut(joined[0])} is several in one cell, as in {count:,} of "
-        f"{found.rows:,} rows. One label a row is expected: keep the rows of one label, or make a file of 0 and 1 for each label."
+        f"{found.rows:,} rows. One label a row is expected: keep the rows of one label, or make a file of 0 and 1 for "
+        "each label."
     )
 
 

@@ -10,7 +10,7 @@ from peftlight.data.conll import conll_table
 from peftlight.data.delimited import delimited_table
 from peftlight.data.layout import FOUND, Layout
 from peftlight.data.table import MISSING, Table
-from peftlight.errors import UserError, listed
+from peftlight.errors import HALF, UserError, half_character, listed
 
 _TOO_DEEP = "its lists and objects stand too deep in each other to be rows of data."
 
@@ -98,6 +98,8 @@ def _table_of_objects(path: Path, unit: str, rows: list[tuple[int, Any]]) -> Tab
             expected = 'expected an object like {"column": value}'
             raise UserError(f"{path}, {unit} {number}: the row is {_kind(row)}; {expected}.")
         columns.update(dict.fromkeys(row))
+        if half_character([*row]):
+            raise UserError(f"{path}, {unit} {number}: the name of a column ({[*row]!a}) holds {HALF}.")
 
     def cells(column: str) -> list[object]:
         return [row.get(column, MISSING) for _, row in rows]
@@ -128,9 +130,23 @@ def arrow_table(name: str, table: Any) -> Table:
 
     def cells(column: str) -> Sequence[object]:
         arrow = table.column(column)
-        return _ArrowCells(arrow) if pa.types.is_struct(arrow.type) else arrow.to_pylist()
+        return _ArrowCells(arrow) if pa.types.is_struct(arrow.type) else _python_cells(name, column, arrow)
 
     return Table(name, "row", table.column_names, range(1, len(table) + 1), cells, _class_names(table.schema.metadata))
+
+
+def _python_cells(name: str, column: str, arrow: Any) -> list[object]:
+    try:
+        return arrow.to_pylist()
+    except UnicodeDecodeError:
+        pass
+    for number, cell in enumerate(arrow, start=1):
+        try:
+            cell.as_py()
+        except UnicodeDecodeError as error:
+            byte = f"0x{error.object[error.start]:02x}"
+            raise UserError(f"{name}, row {number}: {column!r} is not UTF-8 (byte {byte}).") from None
+    raise AssertionError("all cells of a column that is not UTF-8 are")
 
 
 def _class_names(metadata: Any) -> dict[str, list[str]]:

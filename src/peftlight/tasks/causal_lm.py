@@ -99,7 +99,8 @@ class CausalLM(PEFTModule):
             beside = f", and {most - room} more for what the adapter puts before them" if most > room else ""
             raise UserError(
                 f"The longest row, of {longest} tokens, and max_new_tokens={new} need {longest + new} positions"
-                f"{beside}, and the model has {most}: set {choices}. The row: {where_longest(self._datamodule(), 'predict')}."
+                f"{beside}, and the model has {most}: set {choices}. "
+                f"The row: {where_longest(self._datamodule(), 'predict')}."
             )
 
     @reads_columns
