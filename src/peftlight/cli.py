@@ -62,7 +62,7 @@ _COMMAND_HELP = """usage: peftlight {command} --config FILE [--config FILE ...] 
   --data CLASS                     SST2, Alpaca, EnglishQuotes, TextClassification, Instructions, Messages, PlainText,
                                    SourceTarget, InstructionPairs, CoNLL2003, TaggedWords, Images
   --data.source NAME               hub id, file, folder or glob
-  --optimizer CLASS                AdamW and every other of torch; --optimizer.lr 1e-4
+  --optimizer CLASS                AdamW, MuonAndAdamW and every other of torch; --optimizer.lr 1e-4
   --lr_scheduler CLASS             LinearWarmup and every other of torch
   --trainer.KEY VALUE              max_epochs, devices, strategy, precision, accumulate_grad_batches ...
   --seed_everything N              the seed of all random numbers
