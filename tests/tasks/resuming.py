@@ -31,7 +31,7 @@ class Ours(DataFamily):
     def prepare(self, stage: str | None) -> Any:
         arrays = [{**row, "input_ids": row["input_ids"].numpy()} for row in ROWS]
         rows: dict[str, Any] = {"train": arrays, "validation": arrays[:5]}
-        return SimpleNamespace(datasets=rows, notices=[], summaries={}, label_names=None, fingerprint="")
+        return SimpleNamespace(datasets=rows, notices=[], findings=[], summaries={}, label_names=None, fingerprint="")
 
     def collator(self, role: str) -> Any:
         return Collator(pad_id=0)

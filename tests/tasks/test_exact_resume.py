@@ -110,7 +110,7 @@ MORE: dict[str, dict[str, Any]] = {
     "workers": {"data": lambda: Ours(source="", batch_size=3, num_workers=2)},
     "a user's loader with workers": {"data": lambda: Theirs(num_workers=2), "val_check_interval": 2},
     "a user's generator": {"data": lambda: Theirs(generator=5)},
-    "a stream": {"data": Streamed},
+    "a stream": {"data": Streamed, "module": steady},
     "AdaLoRA": {"strategy": adalora, "module": quick, "max_epochs": 3},
     "PiSSA": {"strategy": lambda: LoRA(rank=2, init_lora_weights="pissa", dropout=0.1)},
     "EVA": {"strategy": lambda: LoRA(rank=2, init_lora_weights="eva", dropout=0.1)},
