@@ -158,7 +158,7 @@ def test_a_batch_that_a_training_step_leaves_out_has_no_loss(tmp_path: Path) -> 
 def test_a_fit_after_one_that_was_broken_off_within_a_step_starts_afresh(tmp_path: Path) -> None:
     module, watch = causal(), Watch()
     broken = [*batches(TOKENS[:2], 1), {"input_ids": torch.zeros(1, 4, dtype=torch.long)}]
-    with pytest.raises(KeyError, match="labels"):
+    with pytest.raises(UserError, match="labels"):
         quiet_trainer(tmp_path, accumulate_grad_batches=4).fit(module, loader(broken))
     _, expected = by_hand(module, TOKENS)
     quiet_trainer(tmp_path, [watch], accumulate_grad_batches=4).fit(module, loader(batches(TOKENS, 2)))
