@@ -1,14 +1,10 @@
 """Which column is meant, and whether its cells are what a data set family needs."""
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 
+from peftlight.data.column_guess import advice
 from peftlight.data.table import MISSING, Table
 from peftlight.errors import HALF, UserError, half_character, listed, nearest
-
-_PLAIN = re.compile(r"\.\.\.|[^\W\d][\w./-]*( [\w./-]+)*")
-_YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
 def check_names(columns: Mapping[str, str], known: Sequence[str]) -> None:
@@ -36,7 +32,8 @@ def required_column(table: Table, ours: str, expected: Sequence[str], columns: M
         wanted = listed(columns.get(name, name) for name in expected)
         found = f"Columns found: {listed(table.columns, 20)}. Columns expected: {wanted}."
         meant = " and no column ".join(_meant(name, columns) for name in missing)
-        raise UserError(f"{table.name} has no column {meant}. {found} {_example(table, expected, columns)}")
+        there = {name: column for name in expected if (column := column_of(table, name, columns))}
+        raise UserError(f"{table.name} has no column {meant}. {found} {advice(table, expected, there)}")
     return theirs
 
 
@@ -51,27 +48,6 @@ def without_column(tables: Sequence[Table], ours: str, columns: Mapping[str, str
 
 def _meant(ours: str, columns: Mapping[str, str]) -> str:
     return f"{columns[ours]!r} (columns maps {ours} to it)" if ours in columns else repr(ours)
-
-
-def _example(table: Table, expected: Sequence[str], columns: Mapping[str, str]) -> str:
-    found = {ours: theirs for ours in expected if (theirs := column_of(table, ours, columns))}
-    free = [column for column in table.columns if column not in found.values()]
-    for ours in expected:
-        if ours not in found:
-            guess = next((column for column in free if repr(column) in nearest(ours, free)), free[0] if free else "...")
-            found[ours] = guess
-            free = [column for column in free if column != guess]
-    return f"Name the columns to use, for example: {mapping({ours: found[ours] for ours in expected})}"
-
-
-def mapping(columns: Mapping[str, str]) -> str:
-    """The line of a configuration that names the columns."""
-    return f"columns: {{{', '.join(f'{ours}: {_as_yaml(theirs)}' for ours, theirs in columns.items())}}}"
-
-
-def _as_yaml(name: str) -> str:
-    """The name as YAML reads it within braces: in quotes where it would be read otherwise."""
-    return name if _PLAIN.fullmatch(name) and name.lower() not in _YAML_WORDS else json.dumps(name, ensure_ascii=False)
 
 
 def filled_cells(table: Table, column: str) -> Sequence[object]:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from peftlight.data.cells import column_of, filled_cells, mapping, required_column, shown, without_column
+from peftlight.data.cells import column_of, filled_cells, required_column, shown, without_column
+from peftlight.data.column_guess import mapping
 from peftlight.data.found_labels import MANY_ROWS, FoundLabels, Label, number_of
 from peftlight.data.label_checks import check_classes
 from peftlight.data.table import Table

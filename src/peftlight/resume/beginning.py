@@ -17,6 +17,7 @@ from peftlight.resume.best_and_last import OF_A_TRAINER
 from peftlight.resume.changes import Change, allowed_among, differences, refuse
 from peftlight.resume.continuation import Continuation
 from peftlight.resume.init_adapter import InitialAdapter
+from peftlight.resume.limits import COUNTS, reached
 from peftlight.resume.past import Past, check_unfinished, newest_unfinished, open_past
 from peftlight.resume.remembered import covered, remembered
 
@@ -94,7 +95,11 @@ class Beginning:
             self.changes = allowed_among(every, allowed, config, read_given(self.given))
             self.changes += self._allowed_before([one for one in every if one not in self.changes], config)
             what = f"{self.folder or self.past.checkpoint} at step {self.past.step}"
-            refuse([one for one in every if one not in self.changes], read_given(self.arguments), what)
+            limits = [name for name in reached(self.past.done, config) if name in COUNTS]
+            was_over = bool(reached(self.past.done, self.past.config))
+            refuse(
+                [one for one in every if one not in self.changes], read_given(self.arguments), what, limits, was_over
+            )
         else:
             say(f"{self.past.checkpoint} does not say by which configuration it was trained, so changes of it go "
                 "unnoticed.")  # fmt: skip

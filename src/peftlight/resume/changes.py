@@ -151,13 +151,21 @@ def _sections(key: str) -> Iterator[str]:
     yield from (".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 
-def refuse(changes: Sequence[Change], given: Sequence[Given], what: str) -> None:
+def refuse(
+    changes: Sequence[Change],
+    given: Sequence[Given],
+    what: str,
+    limits: Sequence[str] = (),
+    was_over: bool = False,
+) -> None:
     """End with all changes in one error, if there are any.
 
     Args:
         changes: those that were not allowed.
         given: what the user gave, so that each is told with its place.
         what: the run or the checkpoint.
+        limits: keys that end the training with these changes too, before it does anything more.
+        was_over: whether nothing was left to train without the changes.
 
     Raises:
         UserError: there are changes.
@@ -168,12 +176,14 @@ def refuse(changes: Sequence[Change], given: Sequence[Given], what: str) -> None
         raise UserError(f"{SEED} is {seed.was} in {what}, {seed.now} {_given_by(seed, given)}. Its random numbers go "
                         "on where they stand, so another seed is for another run: leave it out.")  # fmt: skip
     each = [f"  {one.key}: {shown(one.was)} in the run, {shown(one.now)} {_given_by(one, given)}" for one in changes]
-    names = " ".join(change.key for change in changes)
+    names = " ".join(dict.fromkeys([*(change.key for change in changes), *limits]))
+    raised = f", with more to do: {' '.join(f'--{name} N' for name in limits)}" if limits else ""
+    as_it_was = "" if was_over else "To go on as it was, leave them out. "
     others = [_OTHER_PROCESSES] if any(_under(change.key, OF_PROCESSES) for change in changes) else []
     raise UserError("\n".join([
         f"The configuration is not the one of {what}:", *each, *others,
-        f"  To go on with these changes: --allow_changes {names}",
-        "  To go on as it was, leave them out. For a run of its own, leave out --resume or --ckpt_path.",
+        f"  To go on with these changes: --allow_changes {names}{raised}",
+        f"  {as_it_was}For a run of its own, leave out --resume or --ckpt_path.",
     ]))  # fmt: skip
 
 

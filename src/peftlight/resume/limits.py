@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 TIME, PATIENCE = "trainer.max_time", "EarlyStopping"
+COUNTS = ("trainer.max_steps", "trainer.max_epochs")
 
 
 @dataclass(frozen=True)
