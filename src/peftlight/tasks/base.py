@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
@@ -29,6 +30,7 @@ from peftlight.tasks.precision import tell_of_slow_precision
 from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.refused_callbacks import refuse_callbacks
 from peftlight.tasks.row_length import longest_row
+from peftlight.tasks.row_shares import is_filling, share_rows_once
 from peftlight.tasks.schedule import LinearWarmup
 from peftlight.tasks.search import Search
 from peftlight.tasks.token_rate import TokenRate
@@ -200,6 +202,7 @@ class PEFTModule(LightningModule):
         trainer: Any = self.trainer
         refuse_callbacks(trainer.callbacks)
         self.search.forget()
+        share_rows_once(trainer)
         keep_watch(trainer)
         given = [callback for callback in trainer.callbacks if isinstance(callback, Guard)]
         self.guard = given[0] if given else self.guard
@@ -240,11 +243,14 @@ class PEFTModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.search.train()
+        self._step.compare_batches()
         self._last_step = self.trainer.global_step  # a resumed training has its steps back only now
         self._state.put_back()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._state.batch_ends()
+        if self.trainer.is_last_batch:
+            self._step.rows_end()
         if self.trainer.global_step == self._last_step:
             return
         assert self.adapter is not None
@@ -284,13 +290,16 @@ class PEFTModule(LightningModule):
 
     @reads_columns
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.loaders.meet(dataloader_idx)
-        self.evaluate("val", batch)
+        self._count("val", batch, self.trainer.val_dataloaders, batch_idx, dataloader_idx)
 
     @reads_columns
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.loaders.meet(dataloader_idx)
-        self.evaluate("test", batch)
+        self._count("test", batch, self.trainer.test_dataloaders, batch_idx, dataloader_idx)
+
+    def _count(self, stage: str, batch: Mapping[str, Tensor], loaders: Any, number: int, loader: int) -> None:
+        self.loaders.meet(loader)
+        with self.loaders.uncounted() if is_filling(loaders, loader, number) else nullcontext():
+            self.evaluate(stage, batch)
 
     def on_validation_epoch_start(self) -> None:
         self.loaders.start()
