@@ -5,7 +5,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
@@ -44,6 +44,7 @@ from peftlight.tasks.precision import tell_of_slow_precision
 from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.refused_callbacks import refuse_callbacks
 from peftlight.tasks.row_length import check_batch_length, check_row_lengths
+from peftlight.tasks.row_shares import is_filling, share_rows_once
 from peftlight.tasks.schedule import LinearWarmup
 from peftlight.tasks.search import Search
 from peftlight.tasks.token_rate import TokenRate
@@ -263,6 +264,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
         refuse_callbacks(trainer.callbacks)
         self.search.forget()
         load_base_early(trainer)
+        share_rows_once(trainer)
         keep_watch(trainer)
         given = [callback for callback in trainer.callbacks if isinstance(callback, Guard)]
         self.guard = given[0] if given else self.guard
@@ -307,6 +309,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
     def on_train_start(self) -> None:
         self.search.train()
+        self._step.compare_batches()
         self._last_step = self.trainer.global_step  # a resumed training has its steps back only now
         self._state.put_back()
         # Lightning sets it at the start of an epoch alone, which one that is taken up in its middle does not have.
@@ -315,6 +318,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._state.batch_ends()
+        if self.trainer.is_last_batch:
+            self._step.rows_end()
         if self.trainer.global_step == self._last_step:
             return
         assert self.adapter is not None
@@ -367,15 +372,16 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
     @reads_columns
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate("val", batch, dataloader_idx)
+        self._count("val", batch, self.trainer.val_dataloaders, batch_idx, dataloader_idx)
 
     @reads_columns
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate("test", batch, dataloader_idx)
+        self._count("test", batch, self.trainer.test_dataloaders, batch_idx, dataloader_idx)
 
-    def _evaluate(self, stage: str, batch: Mapping[str, Tensor], loader: int) -> None:
+    def _count(self, stage: str, batch: Mapping[str, Tensor], loaders: Any, number: int, loader: int) -> None:
         self.loaders.meet(loader)
-        with self._once.within(batch):  # the loss and the metrics look at the same scores
+        left_out = self.loaders.uncounted() if is_filling(loaders, loader, number) else nullcontext()
+        with left_out, self._once.within(batch):  # the loss and the metrics look at the same scores
             self.evaluate(stage, batch)
 
     def on_validation_epoch_start(self) -> None:

@@ -39,6 +39,18 @@ class LoadersApart:
             self._ends[self._current] = self._states()
             self._current = loader
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within the block copies of the task's metrics count, and are forgotten."""
+        originals = dict(self._metrics())
+        for name, metric in originals.items():
+            _put(self._module, name, copy.deepcopy(metric))
+        try:
+            yield
+        finally:
+            for name, metric in originals.items():
+                _put(self._module, name, metric)
+
     def report(self, stage: str) -> None:
         """Log the metrics of each loader, if there are several, as Lightning calls them; and then those of all."""
         module, count = self._module, self._count(stage)
