@@ -28,6 +28,7 @@ SECTIONS = {
     "Names of adapters": adapters.NAMES,
     "Damaged adapters": adapters.FILES,
     "What adapters hold": adapters.CONTENTS,
+    "Classes of your own": adapters.OWN_CLASSES,
     "Adapters and bases": adapters.BASES,
     "Places": environment.PLACES,
     "Packages": environment.PACKAGES,

@@ -11,6 +11,7 @@ import peftlight
 from bad_inputs.kit import fill
 from bad_inputs.outcome import outcome, working_folder
 from errors_page import DOCUMENT, PYTHON, ROWS, documented, page, plain
+from peftlight import class_paths
 from peftlight.config_errors import places
 from requirements import as_pinned, direct, needed
 from tasks.small import QUIET
@@ -36,12 +37,17 @@ def pinned() -> bool:
 @pytest.fixture(autouse=True)
 def no_classes_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages list all classes that are imported, and other tests and the documentation's examples define some."""
-    every, installed = places._subclasses, {Path(peftlight.__file__).parent, Path(torch.__file__).parents[1]}
+    every, of_files = places._subclasses, class_paths.below
+    installed = {Path(peftlight.__file__).parent, Path(torch.__file__).parents[1]}
 
     def without(kind: type) -> Iterator[type]:
         return (child for child in every(kind) if installed & {*Path(_file_of(child)).parents})
 
+    def below(parent: type) -> Iterator[type]:
+        return (child for child in of_files(parent) if installed & {*Path(_file_of(child)).parents})
+
     monkeypatch.setattr(places, "_subclasses", without)
+    monkeypatch.setattr(class_paths, "below", below)
 
 
 def _file_of(kind: type) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftlight.errors import UserError, listed
 from peftlight.linear import is_conv1d, is_linear, is_quantized, widths
-from peftlight.once import once
+from peftlight.log_once import log_once
 from peftlight.paths import heads_of, inside
 from peftlight.targets import matching
 from peftlight.typed import fits
@@ -239,7 +239,7 @@ def hold_still(model: nn.Module) -> None:
         module.register_forward_pre_hook(_keep_bias)
         module.register_forward_hook(_put_bias_back, always_call=True)
     if layers:
-        once("bitsandbytes")
+        log_once("bitsandbytes")
 
 
 def _keep_bias(layer: nn.Module, inputs: Any) -> None:

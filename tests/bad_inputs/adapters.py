@@ -147,6 +147,22 @@ CONTENTS = [
     _damaged("a pattern without end", _config(target_modules="(a+)+$"), "'(a+)+$'", "take for ever"),
 ]
 
+_MINE = {"peft_type": "PEFTLIGHT_MINE", "trained": [], "strategy": {"class_path": "my_method.Mine", "init_args": {}}}
+OWN_CLASSES = [
+    row(
+        "a strategy of your own",
+        "inspect trained",
+        "The strategy my_method.Mine is not known",
+        "peftlight inspect trained --import my_method.py",
+        make=_config(**_MINE),
+        files={"my_method.py": "open('it_ran', 'w')"},
+    ),
+    row("no such file of classes", "inspect trained --import my_metod.py", "no such file", "'my_method.py'",
+        files={"my_method.py": "open('it_ran', 'w')"}),
+    row("a file of classes that is no Python", "inspect trained --import my_method.py", "my_method.py:1: '(' was never",
+        files={"my_method.py": "def half("}),
+]  # fmt: skip
+
 BASES = [
     _damaged("a base that was changed since", _other_values, "trained on another base", "--other_base true"),
     row("a base of another kind", "evaluate trained --base ./decoder", "no LORA tensor that fits"),
@@ -156,4 +172,4 @@ BASES = [
     row("two heads in one", "combine trained other=trained:-1 both", "each train a head", "heads_from"),
     row("a folder in the way", "merge trained encoder", "encoder is not empty", "--overwrite true"),
 ]
-ROWS = [*NAMES, *FILES, *CONTENTS, *BASES]
+ROWS = [*NAMES, *FILES, *CONTENTS, *OWN_CLASSES, *BASES]

@@ -112,7 +112,15 @@ CLASSES = [
     _option("no such optimizer", "--optimizer AdamV", "--optimizer", "no class 'AdamV'", "'Adam'"),
     _option("no such schedule", "--lr_scheduler Cosine", "--lr_scheduler", "no class 'Cosine'", "CosineAnnealingLR"),
     _option("no such callback", "--trainer.callbacks EarlyStoping", "--trainer.callbacks", "'EarlyStopping'"),
-    _option("no such module", "--model.strategy my_methods.Mine", "no module 'my_methods'", "PYTHONPATH"),
+    _option(
+        "no such module", "--model.strategy my_methods.Mine", "no module 'my_methods'", "--import FOLDER/my_methods.py"
+    ),
+    row(
+        "a file in place of a class",
+        "fit --config run.yaml --model.strategy ./my_methods.py",
+        "name the class in it: --model.strategy my_methods.CLASS",
+        files={"my_methods.py": "open('it_ran', 'w')"},
+    ),
     _option("another kind of class", "--model.strategy torch.nn.Linear", "is not a PEFTStrategy", "LoRA"),
     row(
         "a module that fails",

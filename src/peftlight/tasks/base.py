@@ -35,10 +35,10 @@ from peftlight.tasks.ending import Ending, Validated
 from peftlight.tasks.from_checkpoint import FromCheckpoint
 from peftlight.tasks.hyperparameters import own_options
 from peftlight.tasks.loaders_apart import LoadersApart
-from peftlight.tasks.once import Once
 from peftlight.tasks.optimizer import default_optimizer, optimizer_and_schedule, plan_by_steps
 from peftlight.tasks.optimizer_step import OptimizerStep
 from peftlight.tasks.parameter_groups import GroupOptions, names_in_groups, refuse_other_groups
+from peftlight.tasks.per_batch import PerBatch
 from peftlight.tasks.planned_steps import accumulation, known_steps, planned_steps
 from peftlight.tasks.precision import tell_of_slow_precision
 from peftlight.tasks.preparation import Initial, prepare_strategy
@@ -122,7 +122,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
         self._step, self._tokens = OptimizerStep(self), TokenRate()
         self._state, self.ending = TrainingState(self, self._step.window), Ending(self)
         self.unfreezing = Unfreezing(self)
-        self._once = Once()
+        self._per_batch = PerBatch()
         self.allow_changes: set[str] = set()
         """What may differ from the training that a checkpoint is of, by name: "processes"."""
         self.goes_on = False
@@ -234,7 +234,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The model's scores for a batch, labels left out; of the batch under evaluation they are computed once."""
-        return self._once.of("logits", batch, self._logits)
+        return self._per_batch.of("logits", batch, self._logits)
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         output = self(**self.inputs(batch))
@@ -381,7 +381,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
     def _count(self, stage: str, batch: Mapping[str, Tensor], loaders: Any, number: int, loader: int) -> None:
         self.loaders.meet(loader)
         left_out = self.loaders.uncounted() if is_filling(loaders, loader, number) else nullcontext()
-        with left_out, self._once.within(batch):  # the loss and the metrics look at the same scores
+        with left_out, self._per_batch.within(batch):  # the loss and the metrics look at the same scores
             self.evaluate(stage, batch)
 
     def on_validation_epoch_start(self) -> None:

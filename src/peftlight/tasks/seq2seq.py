@@ -76,7 +76,7 @@ class Seq2Seq(PEFTModule):
 
     def cross_entropy(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """That of the target's tokens, summed, and their number: the perplexity is made of it, whatever the loss is."""
-        return self._once.of("cross-entropy", batch, self._cross_entropy)
+        return self._per_batch.of("cross-entropy", batch, self._cross_entropy)
 
     def _cross_entropy(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return token_loss(self.logits(batch), batch["labels"])

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Once:
+class PerBatch:
     """Keeps what was computed of one batch, while the block of `within` lasts; outside of one nothing is kept."""
 
     def __init__(self) -> None:

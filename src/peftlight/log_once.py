@@ -18,7 +18,7 @@ class Once(logging.Filter):
         return True
 
 
-def once(library: str) -> None:
+def log_once(library: str) -> None:
     """Let all loggers that the library has made say each message once; called again, it changes nothing."""
     for name in sorted(logging.root.manager.loggerDict):
         if name.partition(".")[0] == library:
