@@ -98,6 +98,7 @@ ROOMS = {
     "environment_options": set(),
     "tasks": {
         "checkpoint_files",
+        "linear",
         "random_state",
         "watching",
         "divergence",

@@ -571,7 +571,8 @@ def attach(
             module = model.get_submodule(site)
             install(module, name, _placed(delta, module))
             adapter.sites[site] = delta
-        adapter.train_also(single)  # after the deltas, for they may lie beneath one
+        if single:
+            adapter.train_also(single)  # after the deltas, for they may lie beneath one
         if not adapter.parameters():
             raise UserError(f"{type(strategy).__name__} would train nothing on this {type(model).__name__}.")
         set_adapters(model, [*adapters_on(model), adapter])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from peftlight import __version__
 from peftlight.errors import listed
 from peftlight.interop.base_hash import fingerprint
 from peftlight.interop.folder import CONFIG, find_adapter, read_record
@@ -26,7 +27,7 @@ Right merges of 23 recipes on six tiny models, of an encoder of 22 M and of a la
 layers reached 2.5e-6, 4.6e-3 and 5.2e-2: twice to four times that is allowed. All but the first is rounding: the base
 itself, written in bfloat16, is as far from itself.
 """
-_PACKAGES = ("peftlight", "torch", "transformers", "safetensors")
+_PACKAGES = ("torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Certificate:
             "effect": self.effect and self.effect.as_plain(),
             "quantized": self.quantized and self.quantized.as_plain(),
             "verdict": "within the tolerance" if self.passes else "beyond the tolerance",
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "versions": {"peftlight": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
         }
 
     def refuse(self, folder: Path) -> None:

@@ -201,8 +201,9 @@ class PEFTModule(FromCheckpoint, LightningModule):
         """Load the base, attach the strategy, and keep what is trained in float32."""
         if self._trainer:
             refuse_other_distribution(self.trainer.strategy)
-            tell_of_slow_precision(self.trainer)
         if self.adapter is None:
+            if self._trainer:
+                tell_of_slow_precision(self.trainer)
             initial = self.initial if self._starts_anew() else None
             self.adapter = adapted_base(self, initial)
             self.model, self._prepared = self.adapter.model, initial is not None
