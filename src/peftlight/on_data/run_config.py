@@ -26,6 +26,7 @@ T = TypeVar("T")
 _OF_TRAINING = set(inspect.signature(PEFTModule.__init__).parameters) - {"self"}
 """Options of every task; of what is trained already they say nothing new."""
 ROWS = {"source", "validation_source", "test_source", "predict_source", "subset", "columns", "labels",
+        "delimiter", "quoting",
         "validation_size", "split_seed", "batch_size", "num_workers", "tokenizer", "pad_token", "max_length",
         "max_empty", "max_target_length", "prefix", "template", "template_without_input",
         "image_processor", "image_size", "image_mean", "image_std", "flip"}  # fmt: skip

@@ -55,7 +55,7 @@ from peftlight.tasks.unmet import unmet_plans
 from peftlight.tasks.vocabulary import check_vocabulary
 from peftlight.train_mode import put_in_train_mode
 from peftlight.watching import keep_watch
-from peftlight.wrappers import seen_through
+from peftlight.wrappers import seen_through, without_wrapper
 
 AdapterDtype = Literal["float32", "bfloat16"]
 
@@ -464,7 +464,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
         found: dict[str, Any] = super().state_dict(*args, **options)
         if self.adapter is not None:
             prefix, own = options.get("prefix", ""), self.own_state()
-            for key in [key for key in found if key.startswith(prefix) and key.removeprefix(prefix) not in own]:
+            names = {key: without_wrapper(key.removeprefix(prefix)) for key in found if key.startswith(prefix)}
+            for key in [key for key, name in names.items() if name not in own]:
                 del found[key]
         return found
 
