@@ -35,6 +35,28 @@ def no_safetensors(name: str, auto_class: str) -> UserError:
     )
 
 
+def without_tokenizer(name: str, kind: str) -> UserError:
+    """The error for a model without the files of its tokenizer; `kind` is what its configuration says it is."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    if kind and kind not in TOKENIZER_MAPPING_NAMES:
+        return UserError(f"The model {name!r} reads no text: it comes without the files of its tokenizer, and models "
+                         f"of its kind ({kind}) have none. Choose a model of texts, or another task.")  # fmt: skip
+    return UserError(f"The model {name!r} comes without the files of its tokenizer: it would know no word. Name "
+                     "another tokenizer: --data.tokenizer NAME")  # fmt: skip
+
+
+def without_image_processor(name: str, kind: str, failed: UserError) -> UserError:
+    """The error for a model whose image processor could not be loaded, as `failed` says."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+    if kind and kind not in IMAGE_PROCESSOR_MAPPING_NAMES:
+        return UserError(f"The model {name!r} reads no images: models of its kind ({kind}) have no image processor. "
+                         "Choose a model of images, or another task.")  # fmt: skip
+    return UserError(f"{failed}\n  Without one, say what is to become of the images: set data.image_size, "
+                     "data.image_mean and data.image_std, or name another with data.image_processor.")  # fmt: skip
+
+
 def _brings_code(name: str, folder: Path) -> str:
     return (
         f"The model {name!r} brings Python code of its own{_files_of_code(folder)}, which would run here with all your "

@@ -18,7 +18,7 @@ from torch import nn
 
 from peftlight.errors import UserError, listed, nearest
 from peftlight.files import cache_folder
-from peftlight.loading_errors import no_safetensors, not_loaded
+from peftlight.loading_errors import no_safetensors, not_loaded, without_image_processor, without_tokenizer
 from peftlight.locks import alone
 from peftlight.new_head import refuse_other_sizes, renew_head
 from peftlight.packaged import PACKAGE, package_folder
@@ -136,8 +136,7 @@ class Source:
         return tokenizer
 
     def _without_tokenizer(self) -> UserError:
-        return UserError(f"The model {self.name!r} comes without the files of its tokenizer: it would know no word. "
-                         "Name another tokenizer: --data.tokenizer NAME")  # fmt: skip
+        return without_tokenizer(self.name, getattr(self.load_config(), "model_type", ""))
 
     def load_image_processor(self) -> Any:
         """What makes images into the model's inputs: resizing, cropping, normalising.
@@ -150,9 +149,10 @@ class Source:
         try:
             return AutoImageProcessor.from_pretrained(self._path(), backend="pil", **self._trust())
         except _LOADING_FAILED as error:
-            raise UserError(f"{self._not_loaded('with its image processor', error)}\n  Without one, say what is to "
-                            "become of the images: set data.image_size, data.image_mean and data.image_std, or name "
-                            "another with data.image_processor.") from error  # fmt: skip
+            kind = getattr(self.load_config(), "model_type", "")
+            raise without_image_processor(
+                self.name, kind, self._not_loaded("with its image processor", error)
+            ) from error
 
     def _not_loaded(self, how: str, error: Exception) -> UserError:
         return not_loaded(self.name, self._path(), how, error)

@@ -170,6 +170,6 @@ BASES = [
     row("an adapter that does not write", "generate trained --prompt Once", "writes no text", "peftlight predict"),
     row("no such rows", "evaluate trained --source review.csv", "no file review.csv", "'reviews.csv'"),
     row("two heads in one", "combine trained other=trained:-1 both", "each train a head", "heads_from"),
-    row("a folder in the way", "merge trained encoder", "encoder is not empty", "--overwrite true"),
+    row("a folder in the way", "merge trained encoder", "encoder is not empty", "Choose another folder."),
 ]
 ROWS = [*NAMES, *FILES, *CONTENTS, *OWN_CLASSES, *BASES]

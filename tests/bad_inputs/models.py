@@ -151,13 +151,13 @@ DAMAGED = [
 
 TASKS = [
     row("a model that does not write", "fit --config write.yaml --model.base_model ./encoder", "The head is missing"),
-    row("a model of images for texts", f"{_BASE} ./vision", "'./vision'", "its tokenizer", "--data.tokenizer NAME"),
+    row("a model of images for texts", f"{_BASE} ./vision", "'./vision' reads no text", "(vit)", "Choose a model"),
     row(
         "a model of texts for images",
         "fit --config see.yaml --model.base_model ./encoder",
-        "'./encoder'",
-        "image processor",
-        "data.image_size",
+        "'./encoder' reads no images",
+        "(bert)",
+        "Choose a model of images",
     ),
     row(
         "a decoder for an encoder-decoder",

@@ -109,8 +109,8 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} is a file; expected the name of a new folder.")
     there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if there and not overwrite:
-        raise UserError(f"{folder} is not empty ({listed(there, 4)}). Choose another folder, or, if a merged model "
-                        "there may be replaced: --overwrite true")  # fmt: skip
+        replaced = ", or, if the merged model there may be replaced: --overwrite true" if CERTIFICATE in there else "."
+        raise UserError(f"{folder} is not empty ({listed(there, 4)}). Choose another folder{replaced}")
     if there and CERTIFICATE not in there:
         raise UserError(f"{folder} is not replaced: it has no {CERTIFICATE}, so it is no merged model "
                         f"({listed(there, 4)}). Choose another folder.")  # fmt: skip

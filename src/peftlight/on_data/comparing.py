@@ -84,9 +84,7 @@ def compare(on: OnData, split: Literal["validation", "test"], limit: int | None)
     batches = None if limit is None or size is None else math.ceil(limit / size)
     rows = [_measured(on, name, split, batches) for name in (None, *on.opened.adapters.names)]
     if split == "test" and getattr(on.data, "tests_on_validation", False):
-        where = getattr(on.data, "source", kind)
-        raise UserError(f"{where} has no test rows with answers. Give them with --source, or compare on the "
-                        "validation rows: --split validation")  # fmt: skip
+        raise _without_rows(getattr(on.data, "source", kind), split)
     data = {
         "class": kind, "source": getattr(on.data, "source", None), "split": split,
         "fingerprint": getattr(on.data, "fingerprint", None), "limit": limit,
@@ -98,7 +96,7 @@ def _measured(on: OnData, name: str | None, split: Literal["validation", "test"]
     if name is None and on.opened.new:
         return Row(BASE, None, 0, None, 0)
     module, answers = on.module(name), _Answers()
-    trainer = on.trainer([answers], limit_val_batches=batches, limit_test_batches=batches)
+    trainer = on.trainer([_HasRows(split), answers], limit_val_batches=batches, limit_test_batches=batches)
     run = trainer.validate if split == "validation" else trainer.test
     run(module, datamodule=on.data, verbose=False)
     prefix = "val_" if split == "validation" else "test_"
@@ -108,6 +106,23 @@ def _measured(on: OnData, name: str | None, split: Literal["validation", "test"]
     adapter = on.opened.adapters[name]
     parameters = sum(value.numel() for value in adapter.parameters().values())
     return Row(name, type(adapter.strategy).__name__, parameters, metrics, answers.count)
+
+
+def _without_rows(source: str, split: str) -> UserError:
+    other = ", or compare on the validation rows: --split validation" if split == "test" else ""
+    return UserError(f"{source} has no {split} rows with answers. Give them with --source FILE{other}")
+
+
+class _HasRows(Callback):
+    """Says which option of the command gives rows, once the data is read; the data itself knows those of `fit`."""
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if self.split not in data.summaries:
+            raise _without_rows(data.source, self.split)
 
 
 class _Answers(Callback):

@@ -86,7 +86,8 @@ class Beginning:
         if self.past is None:
             if allowed:
                 raise UserError(
-                    "--allow_changes says in what a run may differ that is gone on with: give --resume too."
+                    "--allow_changes says in what a run may differ that is gone on with: give --resume too, "
+                    "or leave it out."
                 )
             return
         self._check_place(config["trainer"]["default_root_dir"])
