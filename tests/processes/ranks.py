@@ -90,18 +90,19 @@ def trouble(where: str, rank: int = -1, kind: str = "user", at: int = 3) -> list
 class Ranks:
     """Processes of one run."""
 
-    def __init__(self, count: int, arguments: Sequence[str], folder: Path, shared: bool = False) -> None:
+    def __init__(self, count: int, arguments: Sequence[str], folder: Path, shared: bool = False, of: int = 0) -> None:
         """
         Args:
             count: how many processes.
             arguments: what each of them is given.
             folder: where they work; what they say goes to 0.txt, 1.txt ... there.
             shared: whether all of them say it in 0.txt.
+            of: how many there are to be, where some never come; 0: these.
         """
         self.folder = folder
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(of or count)}
         self.outputs = [folder / ("0.txt" if shared else f"{rank}.txt") for rank in range(count)]
         for output in self.outputs:
             output.write_text("")

@@ -69,7 +69,7 @@ def test_a_killed_process_is_named_by_all_others(rank: int, count: int, tmp_path
 
 
 def test_a_signal_ends_one_that_waits_for_another_which_never_comes(tmp_path: Path, encoder: Path) -> None:
-    ranks = Ranks(1, [*fit(tmp_path, encoder), "--trainer.num_nodes=2"], tmp_path)
+    ranks = Ranks(1, [*fit(tmp_path, encoder), "--trainer.num_nodes=2"], tmp_path, of=2)
     until = time.monotonic() + 300
     while "Initializing distributed" not in ranks.said()[0]:
         assert time.monotonic() < until
