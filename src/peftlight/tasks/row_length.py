@@ -71,7 +71,7 @@ def check_row_lengths(module: "PEFTModule", model: nn.Module) -> None:
     for side in _SIDES:
         positions = positions_of(model, side)
         for row in _longest(data, side, roles):
-            _check(row, positions, module)
+            _check(row, positions, module, side)
             if side == "rows":
                 _check_beside_virtual_tokens(module, row)
 
@@ -98,11 +98,11 @@ def _check_beside_virtual_tokens(module: "PEFTModule", row: _Longest) -> None:
         raise UserError(f"{row.where}: {error}" if row.where else str(error)) from None
 
 
-def _check(row: _Longest, positions: Positions, module: "PEFTModule") -> None:
+def _check(row: _Longest, positions: Positions, module: "PEFTModule", side: Side) -> None:
     base, most = module._base_name(), positions.tabled
     if most is not None and row.tokens > most:
         assert module.adapter is not None
-        room = room_for_rows(module.adapter, most)
+        room = room_for_rows(module.adapter, most) if side == "rows" else most
         beside = f", {most - room} of them for what the adapter puts before a row" if room < most else ""
         raise UserError(
             f"{row}, and {base} has {most:,} positions{beside}. Set {row.option} to {room} or less: "
