@@ -69,8 +69,8 @@ def test_what_is_there_twice_in_training_is_told(found: list[dict[str, Any]]) ->
 @pytest.mark.slow
 def test_a_process_that_runs_out_of_rows_says_so(found: list[dict[str, Any]]) -> None:
     told = [
-        "Process 0 has no rows left after 3 batches of this epoch, and others have",
-        "Another process has no rows left in this epoch, and process 1 has",
+        "Process 0 has no rows left after 3 batches of this epoch",
+        "Process 1 has more rows, unlike another process, after 3 batches of this epoch",
     ]
     ended = [of_process["ended"] for of_process in found]
     assert any(ended)  # of both, the first ends the other

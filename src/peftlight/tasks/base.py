@@ -43,6 +43,7 @@ from peftlight.tasks.planned_steps import accumulation, known_steps, planned_ste
 from peftlight.tasks.precision import tell_of_slow_precision
 from peftlight.tasks.preparation import Initial, prepare_strategy
 from peftlight.tasks.refused_callbacks import refuse_callbacks
+from peftlight.tasks.row_ends import RowEnds
 from peftlight.tasks.row_length import check_batch_length, check_row_lengths
 from peftlight.tasks.row_shares import is_filling, share_rows_once
 from peftlight.tasks.schedule import LinearWarmup
@@ -133,7 +134,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
         self.register_load_state_dict_post_hook(forget_frozen)
         self.learning_rate: float | None = None
         """In place of the optimizer's own, where it was found: Lightning's LearningRateFinder and Tuner set it."""
-        self.search, self.loaders = Search(self), LoadersApart(self)
+        self.search, self.loaders, self._row_ends = Search(self), LoadersApart(self), RowEnds(self)
         self._last_step = 0
         self._prepared = False
         self.initial: Initial | None = None
@@ -310,7 +311,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
     def on_train_start(self) -> None:
         self.search.train()
-        self._step.compare_batches()
+        self._row_ends.start()
         self._last_step = self.trainer.global_step  # a resumed training has its steps back only now
         self._state.put_back()
         # Lightning sets it at the start of an epoch alone, which one that is taken up in its middle does not have.
@@ -319,8 +320,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._state.batch_ends()
-        if self.trainer.is_last_batch:
-            self._step.rows_end()
+        self._row_ends.batch_ends()
         if self.trainer.global_step == self._last_step:
             return
         assert self.adapter is not None

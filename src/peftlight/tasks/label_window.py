@@ -34,8 +34,6 @@ class LabelWindow:
         self._sum = sum_over_processes
         self._batches = 0
         self._totals = self._first = torch.zeros(())
-        self.first = self._first
-        """What all processes gave as the labels of the window's first micro-batch."""
 
     def start(self) -> None:
         """Forget a window that was broken off."""
@@ -61,8 +59,7 @@ class LabelWindow:
         """Take one micro-batch in; returns what to differentiate, without the trainer's own averaging factors."""
         totals = torch.stack([loss_sum.detach().float(), labels.float()])
         if not self.is_open:
-            self.first = self._sum(totals[1].clone())
-            self._first = self.first.clamp(min=1)
+            self._first = self._sum(totals[1].clone()).clamp(min=1)
             self._totals = torch.zeros_like(totals)
         self._totals = self._totals + totals
         self._batches += 1

@@ -1,8 +1,7 @@
 """From the losses of micro-batches to the gradient that the optimizer steps with."""
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +9,12 @@ from torch.optim import Optimizer
 
 from peftlight.errors import UserError, listed
 from peftlight.finite import largest, not_finite
-from peftlight.gather import gathered
 from peftlight.liveness import Liveness, Verdict
 from peftlight.strategy import Adapter
 from peftlight.tasks.label_window import Closed, LabelWindow
 
 if TYPE_CHECKING:
     from peftlight.tasks.base import PEFTModule
-
-_ENDED = -1e12
-"""In place of a number of labels: there is no batch left. Beside it, such numbers are nothing."""
-_SHARE = (
-    "A loader whose rows Lightning does not share out, such as one of an IterableDataset, has to give each process as "
-    "many batches: leave the last ones out, or give some rows twice."
-)
 
 
 class OptimizerStep:
@@ -33,7 +24,6 @@ class OptimizerStep:
         self._module = module
         self._liveness: Liveness | None = None
         self._steps, self._highest = 0, 0.0
-        self._asks = False
         self.window = LabelWindow(self._summed)
 
     def start(self, adapter: Adapter) -> None:
@@ -52,43 +42,11 @@ class OptimizerStep:
         self._steps, self._highest = 0, 0.0
         self._liveness = Liveness(adapter)
 
-    def compare_batches(self) -> None:
-        """See that all processes have as many batches, before any waits for another; if unknown, it is asked later.
-
-        Raises:
-            UserError: they have not.
-        """
-        trainer = self._module.trainer
-        batches = gathered(trainer.num_training_batches)
-        self._asks = trainer.world_size > 1 and math.inf in batches
-        if len(set(batches)) > 1:
-            raise UserError(f"The processes have {listed(batches)} batches to train on, in their order: each needs as "
-                            f"many as the others, which would wait for it. {_SHARE}")  # fmt: skip
-
-    def rows_end(self) -> None:
-        """This process has had its last batch of an epoch, and asks whether the others have.
-
-        Raises:
-            UserError: one of them has more.
-        """
-        if not self._asks:
-            return
-        trainer = self._module.trainer
-        ended = self._summed(torch.tensor(_ENDED, device=self._module.device))
-        if round(float(ended) / _ENDED) < trainer.world_size:
-            batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-            raise UserError(f"Process {trainer.global_rank} has no rows left after {batches.ready} batches of this "
-                            f"epoch, and others have: they would wait for it. {_SHARE}")  # fmt: skip
-
     def add(self, loss_sum: Tensor, labels: Tensor) -> Tensor:
         """Take one micro-batch in; returns what Lightning is to differentiate."""
         trainer = self._module.trainer
-        part = self.window.add(loss_sum, labels)
-        if self._asks and self.window.first < 0:
-            raise UserError(f"Another process has no rows left in this epoch, and process {trainer.global_rank} has: "
-                            f"it would wait. {_SHARE}")  # fmt: skip
         # The trainer divides by the first factor, the processes average over the second.
-        return part * trainer.accumulate_grad_batches * trainer.world_size
+        return self.window.add(loss_sum, labels) * trainer.accumulate_grad_batches * trainer.world_size
 
     def before_backward(self, loss: Tensor) -> None:
         """See that the loss is one to learn from, and that no process would wait for gradients that another lacks.
