@@ -6,9 +6,10 @@ one of the two gets an error in place of a wrong result. Tasks of asyncio are to
 """
 
 import asyncio
+import gc
 import sys
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -25,6 +26,8 @@ from peftlight.wrappers import seen_through
 
 _CALLS = {"_call_impl", "_wrapped_call_impl", "generate"}
 """Functions that compute with the module that is their `self`."""
+_OURS = "peftlight-"
+"""How the names of the framework's own threads begin, which compute nothing."""
 _ADVICE = (
     "Let each thread compute within `with adapters.using(name):` or `with adapters.rows(names):` of one "
     "peftlight.Adapters, which wait for each other; or switch and compute in one thread alone."
@@ -165,26 +168,37 @@ def _refuse_other_choice(model: nn.Module, inputs: Any) -> None:
 
 def _refuse_half_done(model: nn.Module, turns: _Turns) -> None:
     """See that no other thread is in the middle of a computation; one that begins now is refused by its hook."""
-    modules: set[nn.Module] = set()
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    for ident, frame in sys._current_frames().items():
-        if ident in (threading.get_ident(), *turns.waiting):
-            continue
-        for module in _computing(frame):
-            modules = modules or set(model.modules())
-            if seen_through(module) in modules:
-                raise UserError(
-                    f"The thread {names.get(ident, ident)!r} computes with this {type(model).__name__} right now, and "
-                    f"would get a wrong result if adapters were switched meanwhile. {_ADVICE}"
-                )
+    apart = (threading.get_ident(), *turns.waiting)
+    others = {thread.ident: thread.name for thread in threading.enumerate()
+              if thread.ident not in apart and not thread.name.startswith(_OURS)}  # fmt: skip
+    modules = set(model.modules()) if others else set()
+    for ident, module in _computing(others):
+        if seen_through(module) in modules:
+            raise UserError(
+                f"The thread {others[ident]!r} computes with this {type(model).__name__} right now, and would get a "
+                f"wrong result if adapters were switched meanwhile. {_ADVICE}"
+            )
 
 
-def _computing(frame: FrameType | None) -> Iterator[nn.Module]:
-    """The modules with which a thread computes at this moment, the innermost first."""
-    while frame is not None:
-        if frame.f_code.co_name in _CALLS and isinstance(module := frame.f_locals.get("self"), nn.Module):
-            yield module
-        frame = frame.f_back
+def _computing(threads: Collection[int | None]) -> list[tuple[int, nn.Module]]:
+    """The modules with which each of these threads computes at this moment.
+
+    Garbage is collected later: it may let the thread run on while Python makes an object of one of its frames, and
+    versions before 3.12.2 crash then.
+    """
+    found, collects = [], gc.isenabled()
+    gc.disable()
+    try:
+        for ident, frame in sys._current_frames().items() if threads else ():
+            at: FrameType | None = frame if ident in threads else None
+            while at is not None:
+                if at.f_code.co_name in _CALLS and isinstance(module := at.f_locals.get("self"), nn.Module):
+                    found.append((ident, module))
+                at = at.f_back
+    finally:
+        if collects:
+            gc.enable()
+    return found
 
 
 def _in_use(model: nn.Module) -> Choice:

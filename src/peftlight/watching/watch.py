@@ -122,7 +122,7 @@ class Watch(Callback):
         first = not self._told.is_set()
         self._told.set()
         if first and news.process != self._trainer.global_rank:
-            threading.Thread(target=self._follow, args=[news], daemon=True).start()
+            threading.Thread(target=self._follow, args=[news], name="peftlight-follow", daemon=True).start()
 
     def _follow(self, news: News) -> None:
         """End this process as another has ended, unless it ends with the same error by itself."""
