@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
 from models import make  # noqa: E402
 from peftlight.strategies import LoRA  # noqa: E402
 from peftlight.tasks import SequenceClassification  # noqa: E402
-from tasks.small import class_rows, padded, quiet_trainer, standing_still  # noqa: E402
+from tasks.small import class_rows, constant, padded, quiet_trainer, standing_still  # noqa: E402
 
 ROWS = class_rows([5, 12, 3, 9, 17, 2, 8, 9, 4], [0, 2, 1, 1, 0, 2, 0, 2, 1])
 
@@ -62,8 +62,8 @@ class Noting(Callback):
 SIZES = {"one loader": [(9, 2)], "two loaders": [(9, 2), (3, 1)], "one row": [(1, 2)], "as many": [(8, 2)]}
 
 
-def task() -> SequenceClassification:
-    return SequenceClassification(make("bert"), LoRA(rank=2), num_labels=3, optimizer=standing_still)
+def task(**options: Any) -> SequenceClassification:
+    return SequenceClassification(make("bert"), LoRA(rank=2), num_labels=3, optimizer=standing_still, **options)
 
 
 def metrics(folder: Path, **options: Any) -> dict[str, dict[str, float]]:
@@ -90,4 +90,5 @@ if __name__ == "__main__":
     found: dict[str, Any] = {"metrics": metrics(folder, strategy="ddp", devices=2), "told": told}
     (folder / f"own_{os.environ['RANK']}.json").write_text(json.dumps(found))
     noting = Noting(folder)
-    quiet_trainer(folder, [noting], strategy="ddp", devices=2).fit(task(), Own([(8, 2)], uneven=True))
+    uneven = task(lr_scheduler=constant)  # which plans by no number of steps: a stream has none
+    quiet_trainer(folder, [noting], strategy="ddp", devices=2).fit(uneven, Own([(8, 2)], uneven=True))
