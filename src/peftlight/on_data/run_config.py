@@ -26,9 +26,8 @@ T = TypeVar("T")
 _OF_TRAINING = set(inspect.signature(PEFTModule.__init__).parameters) - {"self"}
 """Options of every task; of what is trained already they say nothing new."""
 ROWS = {"source", "validation_source", "test_source", "predict_source", "subset", "columns", "labels",
-        "delimiter", "quoting",
-        "validation_size", "split_seed", "batch_size", "num_workers", "tokenizer", "pad_token", "max_length",
-        "max_empty", "max_target_length", "prefix", "template", "template_without_input",
+        "delimiter", "quoting", "validation_size", "split_seed", "batch_size", "num_workers", "tokenizer", "pad_token",
+        "max_length", "max_empty", "max_target_length", "prefix", "template", "template_without_input",
         "image_processor", "image_size", "image_mean", "image_std", "flip"}  # fmt: skip
 """Options of data that a configuration decides which was only found near an adapter: which rows are read, and how they
 are put to a model. Where files are written is the user's alone."""
