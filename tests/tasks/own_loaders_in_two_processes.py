@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 warnings.simplefilter("ignore")
 
+import torch  # noqa: E402
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer  # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
 
@@ -37,7 +38,7 @@ class Own(LightningDataModule):
         return DataLoader(ROWS, batch_size=2, collate_fn=padded)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        return [DataLoader(ROWS[:rows], batch_size=size, collate_fn=padded, drop_last=self.drop_last)
+        return [DataLoader(ROWS[:rows], size, collate_fn=padded, drop_last=self.drop_last, shuffle=rows == 8)
                 for rows, size in self.sizes]  # fmt: skip
 
 
@@ -83,6 +84,7 @@ def metrics(folder: Path, **options: Any) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    torch.manual_seed(int(os.environ["RANK"]))  # as far apart as dropout brings them
     told: list[str] = []
     listener = logging.Handler()
     listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]

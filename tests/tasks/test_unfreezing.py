@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint
 from torch.optim import SGD, AdamW, lr_scheduler
 
 from models import make
@@ -59,6 +59,15 @@ class ByHand(Callback):
                 trainer.optimizers[0].add_param_group({"params": part, "lr": 1e-2})
 
 
+class AfterEachEpoch(Callback):
+    """A user's: one layer more after each epoch, the last one too; a checkpoint is saved right after."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        part = pl_module.model.get_parameter(f"bert.encoder.layer.{trainer.current_epoch}.output.dense.weight")
+        part.requires_grad_(True)
+        trainer.optimizers[0].add_param_group({"params": [part], "lr": 1e-2})
+
+
 class Rates(Callback):
     """Notes the learning rates of all groups after each step."""
 
@@ -90,6 +99,21 @@ def test_what_is_unfrozen_is_the_adapters_and_is_saved_and_audited(tmp_path: Pat
     assert module.adapter is not None
     module.adapter.remove()
     assert torch.equal(module.model.get_parameter(f"{DENSE}.weight"), make("bert").get_parameter(f"{DENSE}.weight"))
+
+
+def test_what_is_unfrozen_after_an_epochs_last_step_is_in_its_checkpoint_and_no_change_of_the_base(
+    tmp_path: Path,
+) -> None:
+    record = RunRecord(tmp_path / "run", "model: SequenceClassification\n", ["fit"], seed=7)
+    saved = ModelCheckpoint(tmp_path / "saved")
+    module = fitted(tmp_path, record, AfterEachEpoch(), saved, max_epochs=2, enable_checkpointing=True)
+    parts = [f"bert.encoder.layer.{layer}.output.dense.weight" for layer in (0, 1)]
+    assert {f"model.{part}" for part in parts} <= torch.load(saved.best_model_path, weights_only=True)[
+        "state_dict"
+    ].keys()
+    assert module.verdict is not None
+    assert module.verdict.still == parts[1:]  # no step came after it
+    assert_saved(module, tmp_path / "run" / "adapter")
 
 
 def assert_saved(module: PEFTModule, folder: Path) -> None:

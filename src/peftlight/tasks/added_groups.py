@@ -1,11 +1,16 @@
 """Groups of parameters that come to an optimizer in mid-run, and the schedules that were made before them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _RATES = ("base_lrs", "max_lrs")
 _OTHERS = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
 """Lists with a value for each group, by the names that torch's schedules give them."""
+
+
+def reference(groups: Sequence[Mapping[str, Any]]) -> int:
+    """The number of the group to which the rates of added ones keep their proportion: the first that has one."""
+    return next((number for number, group in enumerate(groups) if group.get("initial_lr", group["lr"])), 0)
 
 
 def share_of_rate(group: Mapping[str, Any], first: Mapping[str, Any]) -> float:
@@ -25,11 +30,13 @@ def follow(scheduler: Any) -> None:
     for inner in getattr(scheduler, "_schedulers", ()):
         follow(inner)
     per_group = [value for name in (*_RATES, *_OTHERS) if isinstance(value := getattr(scheduler, name, None), list)]
-    first, groups = scheduler.optimizer.param_groups[0], scheduler.optimizer.param_groups
+    groups = scheduler.optimizer.param_groups
+    number = reference(groups)
+    first = groups[number]
     for group in groups[min(map(len, per_group), default=len(groups)) :]:
         share = share_of_rate(group, first)
         for key in first.keys() - group.keys():
             group[key] = first[key] * share if key.endswith("lr") else first[key]
         for name in (*_RATES, *_OTHERS):
             if isinstance(values := getattr(scheduler, name, None), list) and len(values) < len(groups):
-                values.append(values[0] * share if name in _RATES else values[0])
+                values.append(values[number] * share if name in _RATES else values[number])

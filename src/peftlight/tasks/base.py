@@ -289,11 +289,15 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
     @reads_columns
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        if self.unfreezing.look():
-            self._step.look_again()
+        self.follow_unfreezing()
         loss_sum, labels = self.loss(batch)
         self._tokens.add(batch)
         return self._step.add(loss_sum, labels)
+
+    def follow_unfreezing(self) -> None:
+        """Have the adapter own, and the audit know of, what a callback has unfrozen since this was called last."""
+        if self.unfreezing.look():
+            self._step.look_again()
 
     def on_before_backward(self, loss: Tensor) -> None:
         self._step.before_backward(loss)
@@ -431,6 +435,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
         self.search.begin()
+        if self.adapter is not None:
+            self.follow_unfreezing()
         keep_trained(self, checkpoint)
         if checkpoint.get("optimizer_states"):
             checkpoint["parameter_groups"] = names_in_groups(self, self.trainer.optimizers)
@@ -452,7 +458,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
         Processes that were started for a training hand back the whole model; of that, the base is here already.
         """
-        self.configure_model()
+        if self.adapter is None:
+            self.configure_model()
         assert self.adapter is not None
         base = super().state_dict().keys() - self.own_state()
         state = {key.removeprefix("model."): value for key, value in state_dict.items() if key not in base}

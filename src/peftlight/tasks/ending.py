@@ -94,6 +94,7 @@ class Ending:
         Raises:
             UserError: the audit fails.
         """
+        self._module.follow_unfreezing()
         self._agree()
         try:
             self._module.audit()
@@ -102,7 +103,7 @@ class Ending:
             raise
         try:
             self._validate()
-        except Exception:
+        except BaseException:  # a signal too: what was trained is not to be lost over its last validation
             if self._module.trainer.world_size == 1:  # of several processes the others may wait within the validation
                 self._hand_on()
             raise

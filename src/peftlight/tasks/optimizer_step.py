@@ -103,8 +103,8 @@ class OptimizerStep:
 
     def look_again(self) -> None:
         """What requires a gradient is not what it was in the last step."""
-        assert self._liveness is not None
-        self._liveness.look_again()
+        if self._liveness is not None:
+            self._liveness.look_again()
 
     def verdict(self) -> Verdict:
         """What the training did to each trained tensor and to the frozen base.

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 _EVALUATIONS = (RunningStage.VALIDATING, RunningStage.SANITY_CHECKING, RunningStage.TESTING)
 
@@ -74,6 +74,8 @@ class _Resolver:
         share, batches = trainer.distributed_sampler_kwargs, dataloader.batch_sampler
         if mode in _EVALUATIONS and type(batches) is BatchSampler:
             order: Any = dataloader.sampler
+            if isinstance(order, RandomSampler):  # which each process would draw with random numbers of its own
+                order = SequentialSampler(dataloader.dataset)  # type: ignore[arg-type]
             return OnceEach(order, batches.batch_size, batches.drop_last, share["num_replicas"], share["rank"])
         found = self._before(dataloader, shuffle=shuffle, mode=mode)
         self._tell(found, str(mode and mode.dataloader_prefix))

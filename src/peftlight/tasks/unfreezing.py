@@ -13,7 +13,7 @@ from peftlight.errors import UserError, listed
 from peftlight.linear import is_quantized
 from peftlight.shards import is_sharded
 from peftlight.tasks.adapted_base import check_precision
-from peftlight.tasks.added_groups import follow, share_of_rate
+from peftlight.tasks.added_groups import follow, reference, share_of_rate
 from peftlight.tasks.averaging import average_gradients
 
 if TYPE_CHECKING:
@@ -127,9 +127,11 @@ class Unfreezing:
         late = [self._named()[name] for group in self._past.get("groups", ()) for name in group["names"]]
         for parameter in late:
             parameter.requires_grad_(False)
-        yield
-        for parameter in late:
-            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in late:
+                parameter.requires_grad_(True)
 
     def renew_groups(self, made: Any) -> None:
         """Give a new optimizer the groups that the checkpoint's had got, and its schedule their places."""
@@ -138,7 +140,8 @@ class Unfreezing:
         self._resumed = None
         named = self._named()
         for group in self._past.get("groups", ()):
-            rate = optimizer.param_groups[0]["lr"] * group["share"]
+            first = optimizer.param_groups[reference(optimizer.param_groups)]
+            rate = first["lr"] * group["share"]
             optimizer.add_param_group({"params": [named[name] for name in group["names"]], "lr": rate})
         if "lr_scheduler" in made:
             follow(made["lr_scheduler"]["scheduler"])
@@ -186,9 +189,10 @@ class Unfreezing:
         if self._groups_at_start is None or not optimizers:
             return []
         names = {parameter: name for name, parameter in self._named().items()}
-        first, *others = optimizers[0].param_groups
+        groups = optimizers[0].param_groups
+        first = groups[reference(groups)]
         return [{"names": [names[parameter] for parameter in group["params"]], "share": share_of_rate(group, first)}
-                for group in others[self._groups_at_start - 1 :]]  # fmt: skip
+                for group in groups[self._groups_at_start :]]  # fmt: skip
 
     def _named(self) -> dict[str, nn.Parameter]:
         assert self._module.adapter is not None
