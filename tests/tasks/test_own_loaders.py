@@ -52,6 +52,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
 def test_metrics_are_those_of_one_process(found: list[dict[str, Any]], tmp_path: Path) -> None:
     alone = metrics(tmp_path)
     assert alone.keys() == {f"{name} {fits}" for name in SIZES for fits in (False, True)}

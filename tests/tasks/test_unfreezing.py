@@ -101,6 +101,7 @@ def test_what_is_unfrozen_is_the_adapters_and_is_saved_and_audited(tmp_path: Pat
     assert torch.equal(module.model.get_parameter(f"{DENSE}.weight"), make("bert").get_parameter(f"{DENSE}.weight"))
 
 
+@pytest.mark.filterwarnings("ignore:.*It is saved in peftlight's own format")
 def test_what_is_unfrozen_after_an_epochs_last_step_is_in_its_checkpoint_and_no_change_of_the_base(
     tmp_path: Path,
 ) -> None:

@@ -31,9 +31,10 @@ def follow(scheduler: Any) -> None:
         follow(inner)
     per_group = [value for name in (*_RATES, *_OTHERS) if isinstance(value := getattr(scheduler, name, None), list)]
     groups = scheduler.optimizer.param_groups
-    number = reference(groups)
+    known = min(map(len, per_group), default=len(groups))
+    number = reference(groups[:known])
     first = groups[number]
-    for group in groups[min(map(len, per_group), default=len(groups)) :]:
+    for group in groups[known:]:
         share = share_of_rate(group, first)
         for key in first.keys() - group.keys():
             group[key] = first[key] * share if key.endswith("lr") else first[key]

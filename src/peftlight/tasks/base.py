@@ -294,10 +294,15 @@ class PEFTModule(FromCheckpoint, LightningModule):
         self._tokens.add(batch)
         return self._step.add(loss_sum, labels)
 
-    def follow_unfreezing(self) -> None:
-        """Have the adapter own, and the audit know of, what a callback has unfrozen since this was called last."""
-        if self.unfreezing.look():
-            self._step.look_again()
+    def follow_unfreezing(self) -> bool:
+        """Have the adapter own, and the audit know of, what a callback has unfrozen since this was called last.
+
+        Returns: whether anything else trains than before.
+        """
+        if not self.unfreezing.look():
+            return False
+        self._step.look_again()
+        return True
 
     def on_before_backward(self, loss: Tensor) -> None:
         self._step.before_backward(loss)
@@ -435,8 +440,8 @@ class PEFTModule(FromCheckpoint, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds what is trained; the frozen base is loaded from where it came."""
         self.search.begin()
-        if self.adapter is not None:
-            self.follow_unfreezing()
+        if self.adapter is not None and self.follow_unfreezing():  # Lightning has asked for the state before
+            checkpoint["state_dict"] = self.trainer.strategy.lightning_module_state_dict()
         keep_trained(self, checkpoint)
         if checkpoint.get("optimizer_states"):
             checkpoint["parameter_groups"] = names_in_groups(self, self.trainer.optimizers)

@@ -140,7 +140,7 @@ class Unfreezing:
         self._resumed = None
         named = self._named()
         for group in self._past.get("groups", ()):
-            first = optimizer.param_groups[reference(optimizer.param_groups)]
+            first = optimizer.param_groups[reference(optimizer.param_groups[: self._groups_at_start])]
             rate = first["lr"] * group["share"]
             optimizer.add_param_group({"params": [named[name] for name in group["names"]], "lr": rate})
         if "lr_scheduler" in made:
@@ -190,7 +190,7 @@ class Unfreezing:
             return []
         names = {parameter: name for name, parameter in self._named().items()}
         groups = optimizers[0].param_groups
-        first = groups[reference(groups)]
+        first = groups[reference(groups[: self._groups_at_start])]
         return [{"names": [names[parameter] for parameter in group["params"]], "share": share_of_rate(group, first)}
                 for group in groups[self._groups_at_start :]]  # fmt: skip
 
