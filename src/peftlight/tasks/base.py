@@ -263,7 +263,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
         """The guard, unless the trainer has one with settings of its own; the watch over several processes; what loads
         the base before other callbacks look at it; and what notes which state was validated."""
         trainer: Any = self.trainer
-        refuse_callbacks(trainer.callbacks)
+        refuse_callbacks(trainer.callbacks, self)
         self.search.forget()
         load_base_early(trainer)
         share_rows_once(trainer)
