@@ -71,7 +71,7 @@ CASES = [
          holds=lambda run: "samples_per_sec" in _metrics(run)),
     Case("Timer", {"duration": "00:01:00:00"}),
     Case("TQDMProgressBar", run={"trainer.enable_progress_bar": "true"}, says="Epoch 0"),
-    _refused("BackboneFinetuning", "unfreezes the attribute `backbone` of the task", unfreeze_backbone_at_epoch=1),
+    Case("BackboneFinetuning", {"unfreeze_backbone_at_epoch": 1}, {"trainer.max_epochs": 2}, says="Unfrozen by step"),
     Case("EMAWeightAveraging", {"decay": 0.5}),
     Case("StochasticWeightAveraging", {"swa_lrs": 0.01}, {"trainer.max_epochs": 3}),
     Case("WeightAveraging"),

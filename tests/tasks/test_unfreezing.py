@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, EMAWeightAveraging, ModelCheckpoint
 from torch.optim import SGD, AdamW, lr_scheduler
 
 from models import make
@@ -99,6 +99,19 @@ def test_what_is_unfrozen_is_the_adapters_and_is_saved_and_audited(tmp_path: Pat
     assert module.adapter is not None
     module.adapter.remove()
     assert torch.equal(module.model.get_parameter(f"{DENSE}.weight"), make("bert").get_parameter(f"{DENSE}.weight"))
+
+
+@pytest.mark.filterwarnings("ignore:.*It is saved in peftlight's own format")
+def test_lightnings_backbone_is_frozen_at_first_and_trains_from_its_epoch_on(tmp_path: Path) -> None:
+    record, rates = RunRecord(tmp_path / "run", "model: SequenceClassification\n", ["fit"], seed=7), Rates()
+    head_first = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)
+    module = fitted(tmp_path, record, head_first, rates, max_epochs=2)
+    assert [len(step) for step in rates.rates] == [1, 1, 2, 2]
+    assert rates.rates[2][1] == pytest.approx(1e-3)
+    assert module.verdict is not None
+    assert {tensor.name for tensor in module.verdict.trained} == {name for name, _ in module.model.named_parameters()}
+    assert module.verdict.still == []
+    assert_saved(module, tmp_path / "run" / "adapter")
 
 
 @pytest.mark.filterwarnings("ignore:.*It is saved in peftlight's own format")

@@ -193,6 +193,13 @@ class PEFTModule(FromCheckpoint, LightningModule):
 
     # ---- the model
 
+    @property
+    def backbone(self) -> nn.Module:
+        """What Lightning's BackboneFinetuning freezes at first: the base without its head, deltas included."""
+        assert self.model is not None
+        base: nn.Module = getattr(self.model, getattr(self.model, "base_model_prefix", ""), self.model)
+        return self._modules.get("backbone") or base  # the first is that of a user's task
+
     def take(self, adapter: Adapter, source: Source | None) -> None:
         """Compute with an adapter that is on its model already, to evaluate or predict; the base is from `source`."""
         self.model, self.strategy, self.adapter, self.source = adapter.model, adapter.strategy, adapter, source
@@ -263,7 +270,7 @@ class PEFTModule(FromCheckpoint, LightningModule):
         """The guard, unless the trainer has one with settings of its own; the watch over several processes; what loads
         the base before other callbacks look at it; and what notes which state was validated."""
         trainer: Any = self.trainer
-        refuse_callbacks(trainer.callbacks, self)
+        refuse_callbacks(trainer.callbacks)
         self.search.forget()
         load_base_early(trainer)
         share_rows_once(trainer)

@@ -2,15 +2,8 @@
 
 from collections.abc import Iterable
 
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    BaseFinetuning,
-    BasePredictionWriter,
-    Checkpoint,
-    ModelPruning,
-    ProgressBar,
-)
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, Checkpoint, ModelPruning, ProgressBar
 
 from peftlight.errors import UserError
 
@@ -24,19 +17,13 @@ _BASES: dict[type[Callback], str] = {
 """Classes that do nothing by themselves."""
 
 
-def refuse_callbacks(callbacks: Iterable[Callback], module: LightningModule) -> None:
+def refuse_callbacks(callbacks: Iterable[Callback]) -> None:
     """See that each callback can do what it is for.
 
     Raises:
         UserError: one cannot.
     """
     for callback in callbacks:
-        if isinstance(callback, BackboneFinetuning) and not hasattr(module, "backbone"):
-            raise UserError(
-                f"BackboneFinetuning unfreezes the attribute `backbone` of the task, and {type(module).__name__} has "
-                "none: give a task of your own that property, or derive a callback from BaseFinetuning that names the "
-                "layers."
-            )
         if (of := _BASES.get(type(callback))) is not None:
             raise UserError(
                 f"{type(callback).__name__} is the base class {of}, and does nothing by itself: name a class that is "
