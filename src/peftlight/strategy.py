@@ -160,6 +160,12 @@ class Adapter:
     order: int = 0
     """Its place among the adapters of the model, which lie upon each other in the order of attaching."""
 
+    @property
+    def parts(self) -> list["Adapter"]:
+        """Views of all that it combines, however deep; of a single strategy itself."""
+        parts = self.strategy.parts(self)
+        return [one for part in parts for one in part.parts] if parts else [self]
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that this adapter trains, by its name in the model."""
         owned = self._own_names()

@@ -21,12 +21,12 @@ _OPTIONS = ("target_modules", "exclude_modules", "layers", "modules_to_save")
 def may_stay(adapter: Adapter, dead: Collection[str]) -> set[str]:
     """Those of the dead tensors that were not asked for by name, and belong to a strategy that trains others."""
     heads = {name for name in dead if inside(name, adapter.heads)}
-    return {name for part in _parts(adapter) for name in _staying(part, dead, heads)}
+    return {name for part in adapter.parts for name in _staying(part, dead, heads)}
 
 
 def what_to_do(adapter: Adapter, dead: Collection[str]) -> str:
     """How the dead tensors are left out, by the options that this strategy has."""
-    fields = {field for part in _parts(adapter) for field in _OPTIONS if _offers(part.strategy, field)}
+    fields = {field for part in adapter.parts for field in _OPTIONS if _offers(part.strategy, field)}
     options = [field for field in _OPTIONS if field in fields]
     if any(inside(name, adapter.heads) for name in dead):
         options.append("trained_modules")
@@ -46,10 +46,6 @@ def stays_as_it_is(names: Collection[str], all_of_them: int) -> str:
         f"{len(names)} of {all_of_them} trained tensors had no gradient in the first step, for the loss does not "
         f"depend on them: {listed(sorted(names))}. They stay as they are, unless a later step reaches them."
     )
-
-
-def _parts(adapter: Adapter) -> Collection[Adapter]:
-    return adapter.strategy.parts(adapter) or [adapter]
 
 
 def _staying(part: Adapter, dead: Collection[str], heads: Collection[str]) -> set[str]:

@@ -239,12 +239,13 @@ def test_what_fails_the_audit_is_saved_aside_and_loads_as_the_error_says(tmp_pat
     assert "adapter-unverified" in found["error"]
 
 
-def test_a_validation_that_fails_at_the_end_loses_no_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("out of luck"), Stopped(signal.SIGTERM)], ids=["error", "signal"])
+def test_a_validation_that_fails_or_is_ended_at_the_end_loses_no_training(tmp_path: Path, error: BaseException) -> None:
     class Fails(Callback):
         def on_validation_start(self, *_: Any) -> None:
-            raise RuntimeError("out of luck")
+            raise error
 
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(type(error)):
         kept(tmp_path / "run", [Fails()], max_steps=3)
     of_the_saved(tmp_path / "run" / "adapter")
     assert not [name for name in recorded_metrics(tmp_path / "run")[0] if name.startswith("val_")]

@@ -129,7 +129,7 @@ def _folded(adapter: Adapter, site: str) -> tuple[Tensor, Tensor | None]:
     try:
         return adapter.folded(site)
     except UserError as error:
-        methods = [type(part.strategy).__name__ for part in adapter.strategy.parts(adapter) or [adapter]]
+        methods = [type(part.strategy).__name__ for part in adapter.parts]
         raise UserError(f"{error}\n  The adapter is one of {listed(methods)}. {_UNMERGED}") from None
 
 

@@ -83,7 +83,7 @@ def _refuse_averages(callbacks: list[Callback], adapter: Adapter) -> None:
     if not averages:
         return
     names = listed(type(callback).__name__ for callback in averages)
-    if planned := [part for part in _parts(adapter) if part.strategy.uses("after_step")]:
+    if planned := [part for part in adapter.parts if part.strategy.uses("after_step")]:
         raise UserError(
             f"{names} does not go with {type(planned[0].strategy).__name__}, which removes parts of its matrices as "
             "the training goes on: an average over the steps would bring them back. Leave the callback out, or choose "
@@ -98,9 +98,3 @@ def _refuse_averages(callbacks: list[Callback], adapter: Adapter) -> None:
             f"{listed(frozen, 3)} belong to the frozen base. Choose lightning.pytorch.callbacks.WeightAveraging, which "
             "averages what trains alone."
         )
-
-
-def _parts(adapter: Adapter) -> list[Adapter]:
-    """The adapter, or all that it combines."""
-    parts = adapter.strategy.parts(adapter)
-    return [one for part in parts for one in _parts(part)] if parts else [adapter]
